@@ -1,0 +1,52 @@
+"""Variational latent-variable models in JAX, from a Gaussian mixture to a diffusion model."""
+
+from vdiff import data as data
+from vdiff import evaluate as evaluate
+from vdiff import likelihoods as likelihoods
+from vdiff import nets as nets
+from vdiff import train as train
+from vdiff import transforms as transforms
+from vdiff.bounds import elbo as elbo
+from vdiff.bounds import iwae as iwae
+from vdiff.bounds import renyi as renyi
+from vdiff.estimators.enumerated import enumerated as enumerated
+from vdiff.estimators.pathwise import doubly_reparameterized as doubly_reparameterized
+from vdiff.estimators.pathwise import pathwise as pathwise
+from vdiff.estimators.score_function import leave_one_out as leave_one_out
+from vdiff.estimators.score_function import no_baseline as no_baseline
+from vdiff.estimators.score_function import score_function as score_function
+from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
+from vdiff.models.dequantized import dequantized as dequantized
+from vdiff.models.gmm import gmm as gmm
+from vdiff.models.vae import VAE as VAE
+from vdiff.models.vae import vae as vae
+from vdiff.objectives import bits_per_dim as bits_per_dim
+from vdiff.objectives import preprocessed as preprocessed
+from vdiff.objectives import repeat as repeat
+from vdiff.objectives import scheduled as scheduled
+from vdiff.objectives import total as total
+from vdiff.objectives import weighted as weighted
+from vdiff.train.checkpoint import checkpoint_every as checkpoint_every
+from vdiff.train.checkpoint import latest_step as latest_step
+from vdiff.train.checkpoint import restore as restore
+from vdiff.train.checkpoint import save as save
+from vdiff.train.loop import Hook as Hook
+from vdiff.train.loop import fit as fit
+from vdiff.train.loop import stop_on_signals as stop_on_signals
+from vdiff.train.parallel import data_mesh as data_mesh
+from vdiff.train.parallel import jit_step as jit_step
+from vdiff.train.parallel import pmap_step as pmap_step
+from vdiff.train.parallel import shard_batch as shard_batch
+from vdiff.train.step import TrainState as TrainState
+from vdiff.train.step import init_state as init_state
+from vdiff.train.step import make_train_step as make_train_step
+from vdiff.train.step import per_example as per_example
+from vdiff.types import Likelihood as Likelihood
+from vdiff.types import LogProb as LogProb
+from vdiff.types import Model as Model
+from vdiff.types import Network as Network
+from vdiff.types import Objective as Objective
+from vdiff.types import Params as Params
+from vdiff.types import Terms as Terms
+
+__version__ = "0.1.0"

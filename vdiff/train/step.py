@@ -1,0 +1,175 @@
+r"""One training step: `(state, batch) -> (state, metrics)`, pure.
+
+    keys:       key_i = fold_in(fold_in(run key, step), i), i the position in the GLOBAL batch
+    loss:       - combine( mean over the batch of the objective's terms )
+    update:     Optax, then an exponential moving average of the parameters
+
+A key belongs to a position, not to a device, so one device and eight compute the same numbers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from vdiff.objectives import Scheduled, sum_terms
+from vdiff.types import Key, Model, Objective, Params, PyTree, Terms, check_key
+
+Metrics = dict[str, Float[Array, ""]]
+TrainStep = Callable[["TrainState", PyTree], tuple["TrainState", Metrics]]
+
+
+class TrainState(NamedTuple):
+    """Hold all that a run is, so that a saved state resumes it exactly.
+
+    Attributes:
+        step: how many updates were made, int32; the data order is a function of it.
+        params: what is trained.
+        ema: exponential moving average of params, for evaluation and samples.
+        opt_state: Optax's state.
+        key: the run's typed key; never changes.
+        aux: what no gradient can train, one slot per position in the global batch; usually `()`.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    opt_state: PyTree
+    key: Key
+    aux: PyTree = ()
+
+
+def init_state(key: Key, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+    """Start a run.
+
+    Args:
+        key: a typed key; the run's parameters and all its noise follow from it.
+        model: anything with `init: (key) -> Params`.
+        optimizer: the Optax transformation that the step will use.
+
+    Returns:
+        A `TrainState` at step 0, with ema a copy of params.
+
+    Raises:
+        TypeError: if `key` is not a typed key.
+    """
+    key_init, key_run = jax.random.split(check_key(key))
+    params = jax.jit(model.init)(key_init)
+    # A copy, since a donated state must not hold one buffer twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run)
+
+
+def per_example(objective: Objective) -> Callable[..., tuple[Terms, PyTree]]:
+    """Lift an objective of one datum to a batch, giving each datum its own key and nothing else.
+
+    Args:
+        objective: `(key, params, x) -> Terms`.
+
+    Returns:
+        `(key, params, batch [B, ...], positions [B], aux) -> (terms, each [B]; aux)`.
+    """
+
+    def lifted(
+        key: Key, params: Params, batch: PyTree, positions: Int[Array, " B"], aux: PyTree
+    ) -> tuple[Terms, PyTree]:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
+        return jax.vmap(objective, in_axes=(0, None, 0))(keys, params, batch), aux
+
+    return lifted
+
+
+def make_train_step(
+    objective: Objective | Scheduled,
+    optimizer: optax.GradientTransformation,
+    *,
+    batching: Callable[[Objective], Callable[..., tuple[Terms, PyTree]]] = per_example,
+    combine: Callable[[Terms], Float[Array, ""]] = sum_terms,
+    ema_decay: float = 0.999,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Make the step that raises an objective.
+
+    The moving average starts quickly: its decay at step t is min(ema_decay, (1 + t) / (10 + t)).
+
+    Args:
+        objective: `(key, params, x) -> Terms` of one datum, larger is better, or `scheduled(...)`.
+        optimizer: an Optax transformation.
+        batching: lifts the objective to a batch.
+        combine: `(mean Terms over the batch) -> []`, what is raised; a nonlinear one gives, e.g., free bits.
+        ema_decay: decay of the moving average, in [0, 1).
+        axis_name: the mapped axis under `pmap_step`; None under `jit_step`.
+
+    Returns:
+        `(state, batch [B, ...]) -> (state, metrics)`; metrics are the mean terms, "objective" (their
+        combination) and "grad_norm".
+
+    Raises:
+        ValueError: if `ema_decay` is outside [0, 1); at trace time, if the batch's leaves differ in length.
+    """
+    if not 0.0 <= ema_decay < 1.0:
+        raise ValueError(f"ema_decay: got {ema_decay}, expected a number in [0, 1)")
+
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        positions = jnp.arange(_batch_size(batch))
+        if axis_name is not None:
+            positions = positions + jax.lax.axis_index(axis_name) * positions.shape[0]
+        now = objective.at(state.step) if isinstance(objective, Scheduled) else objective
+        key_step = jax.random.fold_in(state.key, state.step)
+
+        def loss(params: Params) -> tuple[Array, tuple[Terms, PyTree]]:
+            terms, aux = batching(now)(key_step, params, batch, positions, state.aux)
+            terms = _mean_over_devices(jax.tree.map(jnp.mean, terms), axis_name)
+            return -combine(terms), (terms, aux)
+
+        (negative, (terms, aux)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        grads = _mean_over_devices(grads, axis_name)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        time = state.step.astype(jnp.float32)
+        decay = jnp.minimum(ema_decay, (1.0 + time) / (10.0 + time))
+        ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+        metrics = {**terms, "objective": -negative, "grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, ema, opt_state, state.key, aux), metrics
+
+    return train_step
+
+
+def many_steps(step: TrainStep) -> Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]:
+    """Take several steps in one call, so that the host is asked rarely.
+
+    Args:
+        step: `(state, batch) -> (state, metrics)`.
+
+    Returns:
+        `(state, batches [n, B, ...], count) -> (state, metrics)`: takes the first `count` of n batches; count
+        is traced, so that a short last call compiles nothing. Metrics are means over the steps taken.
+    """
+
+    def take(state: TrainState, batches: PyTree, count: Int[Array, ""]) -> tuple[TrainState, Metrics]:
+        def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, totals = carry
+            state, metrics = step(state, jax.tree.map(lambda leaf: leaf[i], batches))
+            return state, jax.tree.map(jnp.add, totals, metrics)
+
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        shapes = jax.eval_shape(step, state, first)[1]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        state, totals = jax.lax.fori_loop(0, count, body, (state, zeros))
+        return state, jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), totals)
+
+    return take
+
+
+def _batch_size(batch: PyTree) -> int:
+    sizes = sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(batch)})
+    if len(sizes) != 1 or sizes[0] == 0:
+        raise ValueError(f"batch: got leading axes {sizes}, expected one common length of at least 1")
+    return sizes[0]
+
+
+def _mean_over_devices(tree: PyTree, axis_name: str | None) -> PyTree:
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
