@@ -1,9 +1,11 @@
 """Variational latent-variable models in JAX, from a Gaussian mixture to a diffusion model."""
 
 from vdiff import data as data
+from vdiff import densities as densities
 from vdiff import evaluate as evaluate
 from vdiff import likelihoods as likelihoods
 from vdiff import nets as nets
+from vdiff import report as report
 from vdiff import train as train
 from vdiff import transforms as transforms
 from vdiff.bounds import elbo as elbo
@@ -17,9 +19,15 @@ from vdiff.estimators.score_function import no_baseline as no_baseline
 from vdiff.estimators.score_function import score_function as score_function
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
 from vdiff.models.dequantized import dequantized as dequantized
+from vdiff.models.em import fit_em as fit_em
+from vdiff.models.gmm import collapsed as collapsed
+from vdiff.models.gmm import diagonal_covariance as diagonal_covariance
+from vdiff.models.gmm import full_covariance as full_covariance
 from vdiff.models.gmm import gmm as gmm
+from vdiff.models.gmm import shared_covariance as shared_covariance
 from vdiff.models.vae import VAE as VAE
 from vdiff.models.vae import vae as vae
+from vdiff.objectives import Scheduled as Scheduled
 from vdiff.objectives import bits_per_dim as bits_per_dim
 from vdiff.objectives import preprocessed as preprocessed
 from vdiff.objectives import repeat as repeat

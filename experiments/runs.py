@@ -1,0 +1,320 @@
+"""What every experiment shares: its settings, its directory, its exit codes, its training.
+
+A run directory belongs to one set of settings, kept in `config.json`; the same command goes on where it stopped,
+other settings are refused. Exit codes: 0 done, 2 refused input, 3 diverged, 130 and 143 stopped by Ctrl-C or SIGTERM
+after saving.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import vdiff as vd
+from vdiff.train.hooks import DivergedError, progress_bar, stop_if_diverged, tensorboard, write_metrics
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Settings that every experiment has."""
+
+    data: str = "digits"
+    """A data set (digits, mnist, fashion_mnist) or the path of your own .npy or .npz of images."""
+    run_dir: Path | None = None
+    """Where the run lives; runs/EXPERIMENT-PRESET when not given."""
+    resume: Literal["never", "auto", "must"] = "auto"
+    """What to do where this run was begun before: refuse it, go on if it was, or insist that it was."""
+    seed: int = 0
+    """Seed of the parameters, the order of the data and all noise."""
+    num_steps: int = 3000
+    """Training steps."""
+    batch_size: int = 128
+    """Data per step, over all devices."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of Adam; decays by a cosine to zero."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the parameters, which evaluation and pictures use."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """How several devices share a step: split by the compiler, or mapped by jax.pmap."""
+    log_every: int = 50
+    """Steps between two rows of metrics."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+class Stopped(Exception):
+    """Tell that a signal stopped the run, after saving."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}; the same command goes on from here")
+        self.number = number
+
+
+class Refused(Exception):
+    """Tell that the input was refused; the message is one line."""
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turn what is raised on bad input into `Refused`, for the part of a run that reads its input."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+def main(experiment: Callable[[C], Any], presets: Mapping[str, tuple[str, C]]) -> None:
+    """Run an experiment from the command line and exit with its code.
+
+    Args:
+        experiment: `(config) -> anything`.
+        presets: name -> (one line, settings).
+    """
+    name = experiment.__module__ if experiment.__module__ != "__main__" else Path(sys.argv[0]).stem
+    name = name.removeprefix("experiments.")
+    presets = {
+        preset: (
+            line,
+            dataclasses.replace(config, run_dir=config.run_dir or Path("runs") / f"{name}-{preset}"),
+        )
+        for preset, (line, config) in presets.items()
+    }
+    config = tyro.extras.overridable_config_cli(presets, prog=f"python -m experiments.{name}")
+    sys.exit(exit_code(experiment, config))
+
+
+def exit_code(experiment: Callable[[C], Any], config: C) -> int:
+    """Run an experiment and turn how it ended into a message and an exit code."""
+    try:
+        experiment(config)
+    except Refused as error:
+        errors.print(f"[bold red]refused[/] {_plain(error)}")
+        return 2
+    except DivergedError as error:
+        errors.print(
+            f"[bold red]diverged[/] {_plain(error)}; the last good checkpoint is in {config.run_dir}"
+        )
+        return 3
+    except Stopped as stop:
+        errors.print(f"[bold yellow]stopped[/] {_plain(stop)}")
+        return 128 + stop.number
+    return 0
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")
+
+
+def open_run(config: RunConfig) -> Path:
+    """Make the run directory, or find in it the same run.
+
+    Args:
+        config: the settings; `run_dir` must be given.
+
+    Returns:
+        The run directory, whose `config.json` holds these settings.
+
+    Raises:
+        ValueError: if the directory holds another run or other files, or `resume` forbids what it holds.
+    """
+    directory = Path(config.run_dir)
+    record = directory / "config.json"
+    settings = _settings(config)
+    if not record.exists():
+        if directory.is_dir() and any(directory.iterdir()):
+            raise ValueError(
+                f"run_dir: got {directory}, which holds files but no run, expected an empty or new directory; "
+                "choose another --run-dir"
+            )
+        if config.resume == "must":
+            raise ValueError(f"resume: got must, but {directory} holds no run; start it with --resume auto")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(record, settings)
+        return directory
+    try:
+        saved = json.loads(record.read_text())
+    except ValueError as error:
+        raise ValueError(f"{record}: got a damaged file, expected JSON; choose another --run-dir") from error
+    if config.resume == "never":
+        raise ValueError(f"resume: got never, but {directory} holds a run; choose another --run-dir")
+    different = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+    if different:
+        changes = ", ".join(f"{name} {saved.get(name)!r} -> {settings.get(name)!r}" for name in different)
+        raise ValueError(
+            f"run_dir: got {directory}, which holds another run ({changes}), expected the same settings; "
+            "choose another --run-dir"
+        )
+    return directory
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """List the settings that make a run what it is: not where it lies, nor how often it reports."""
+    settings = dataclasses.asdict(config)
+    for name in ("run_dir", "resume"):
+        settings.pop(name)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
+    """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at a norm that is rarely met."""
+    return optax.chain(
+        optax.clip_by_global_norm(200.0),
+        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps)),
+    )
+
+
+def train(
+    config: RunConfig,
+    directory: Path,
+    model: vd.Model,
+    objective: vd.Objective | vd.Scheduled,
+    images: np.ndarray,
+    *,
+    hooks: tuple[vd.Hook, ...] = (),
+) -> vd.TrainState:
+    """Train a model on images, from its last checkpoint if there is one.
+
+    Args:
+        config: the settings.
+        directory: the run directory.
+        model: what is trained; only its `init` is used.
+        objective: `(key, params, x) -> Terms`, or a scheduled one.
+        images: [N, ...], the training data.
+        hooks: called before the metrics are written, and may add to them.
+
+    Returns:
+        The trained `TrainState`.
+
+    Raises:
+        Refused: if the input does not fit, or the checkpoint cannot be read.
+        Stopped: if a signal came; the state is saved.
+        DivergedError: if the objective is no longer finite.
+    """
+    checkpoints = directory / "checkpoints"
+    with refusing():
+        optimizer = optimizer_of(config)
+        axis_name = "data" if config.parallel == "pmap" else None
+        raw_step = vd.make_train_step(objective, optimizer, ema_decay=config.ema_decay, axis_name=axis_name)
+        if config.parallel == "pmap":
+            step = vd.pmap_step(raw_step, "data")
+        else:
+            step = vd.jit_step(raw_step, vd.data_mesh() if jax.device_count() > 1 else None)
+        batches = vd.data.batches(images, config.batch_size, config.seed)
+        state = vd.init_state(jax.random.key(config.seed), model, optimizer)
+        at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
+        jax.eval_shape(
+            at_start, state.key, state.params, jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
+        )
+        if vd.latest_step(checkpoints) is not None:
+            state = vd.restore(checkpoints, state)
+        elif config.resume == "must":
+            raise ValueError(f"resume: got must, but {checkpoints} holds no checkpoint; use --resume auto")
+        step.place(batches(0)[None])
+
+    start = int(state.step)
+    if start:
+        console.print(f"resuming at step {start} of {config.num_steps}")
+    if start >= config.num_steps:
+        return state
+    with (
+        vd.stop_on_signals() as stop,
+        tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
+        progress_bar("training", config.num_steps, start=start) as bar,
+    ):
+        rows = write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every)
+        saving = vd.checkpoint_every(config.checkpoint_every, checkpoints)
+        all_hooks = (stop_if_diverged(every=config.log_every), *hooks, bar, rows, events, saving)
+        state = vd.fit(state, step, batches, config.num_steps, hooks=all_hooks, should_stop=stop)
+    if stop() and int(state.step) < config.num_steps:
+        raise Stopped(stop.number)
+    return state
+
+
+def held_out(
+    objective: vd.Objective, key: jax.Array, images: np.ndarray, *, every: int, name: str = "test_elbo"
+) -> vd.Hook:
+    """Make the hook that adds the objective on held-out images, under the moving average, to the metrics."""
+    evaluator = vd.total(objective)
+
+    def call(step: int, state: vd.TrainState, metrics: dict[str, float]) -> None:
+        values = vd.evaluate.evaluate(evaluator, key, state.ema, images, batch_size=500)
+        metrics[name] = float(np.mean(values))
+
+    return vd.Hook(every, call)
+
+
+@contextlib.contextmanager
+def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar over work that is counted in data."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def metric(summary: vd.evaluate.Summary, unit: str = "nats per datum") -> dict[str, Any]:
+    """Record a mean over a data set in `result.json`."""
+    return {"value": summary.mean, "std_error": summary.std_error, "unit": unit, "num_data": summary.num_data}
+
+
+def write_result(
+    directory: Path, metrics: Mapping[str, Any], params: vd.Params, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Write `result.json`: the numbers, a digest of the parameters, and what computed them."""
+    packages = ("vdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    device = jax.devices()[0]
+    result = {
+        "metrics": dict(metrics),
+        "params_digest": digest(params),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} cores",
+    }
+    write_json(directory / "result.json", result)
+    return result
+
+
+def digest(params: vd.Params) -> str:
+    """Hash parameters: their names, shapes and bits."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        value = np.asarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
+        sha.update(value.tobytes())
+    return sha.hexdigest()
+
+
+def training_seconds(directory: Path) -> float:
+    """Read how long training took, over all resumptions."""
+    rows = vd.report.load_metrics(directory / "metrics.jsonl")
+    return float(rows[-1]["seconds"]) if rows else 0.0

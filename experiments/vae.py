@@ -1,0 +1,307 @@
+"""Train a variational autoencoder on images and judge it in nats.
+
+python -m experiments.vae digits
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vdiff as vd
+from experiments import runs
+from vdiff import data, evaluate, likelihoods, nets, report
+from vdiff.report.page import format_seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.RunConfig):
+    """Train a variational autoencoder on images and judge it in nats."""
+
+    likelihood: Literal["bernoulli", "categorical", "logistic", "gaussian"] = "categorical"
+    """What a pixel is: a binary draw of its grey level, one of the levels, a binned logistic, or dequantised."""
+    binarization: Literal["dynamic", "fixed"] = "dynamic"
+    """Bernoulli only: draw the binary pixels anew at every step, or once by the seed."""
+    network: Literal["mlp", "conv"] = "mlp"
+    """Perceptrons or small convolutional networks."""
+    hidden: tuple[int, ...] = (512, 512)
+    """Widths of the perceptrons' hidden layers, in the encoder; the decoder has them in reverse."""
+    latent_dim: int = 16
+    """Units of z."""
+    prior_components: int = 1
+    """1 for a standard normal prior; more for a mixture whose parts are learned (phi)."""
+    bound: Literal["elbo", "iwae"] = "elbo"
+    """What is raised: the ELBO with its closed-form KL, or the importance-weighted bound (DReG gradient)."""
+    num_samples: int = 1
+    """Draws of z per datum in the bound."""
+    warmup_steps: int = 0
+    """Steps over which the weight of the KL terms rises to one (ELBO only)."""
+    eval_samples: int = 1000
+    """Importance samples per test image."""
+    eval_images: int = 10_000
+    """How many test images are judged, from the first."""
+
+
+PRESETS = {
+    "smoke": (
+        "seconds: a small network, a few steps, to see that everything works",
+        Config(
+            hidden=(64,), latent_dim=4, num_steps=200, eval_samples=50, eval_images=100, checkpoint_every=100
+        ),
+    ),
+    "digits": (
+        "about a minute: the embedded 8x8 digits with 17 grey levels",
+        Config(hidden=(256, 256), latent_dim=12, num_steps=6000, batch_size=128, eval_samples=1000),
+    ),
+    "mnist": (
+        "about ten minutes of training on two cores: binarised MNIST, one layer of 50 units",
+        Config(
+            data="mnist",
+            likelihood="bernoulli",
+            latent_dim=50,
+            num_steps=60_000,
+            eval_samples=5000,
+            log_every=200,
+            checkpoint_every=5000,
+        ),
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """Hold a model and its data, as `build` makes them.
+
+    Attributes:
+        model: a model of what `transform` makes of an image.
+        vae: the `VAE` in it, with `encode` and `decode`.
+        dataset: the images, as integer levels.
+        transform: `(key, levels) -> x`, the model's datum.
+        to_vae: `(x) -> the VAE's datum`; another only where the model dequantises.
+        levels: how many values a pixel of x has.
+    """
+
+    model: vd.Model
+    vae: vd.VAE
+    dataset: data.Dataset
+    transform: Callable[[jax.Array, jax.Array], jax.Array]
+    to_vae: Callable[[jax.Array], jax.Array]
+    levels: int
+
+
+def build(config: Config) -> Problem:
+    """Build the model that a config describes, and load its data.
+
+    Raises:
+        ValueError: if the data set is unknown or does not fit.
+    """
+    dataset = data.load(config.data)
+    shape, levels = dataset.train.shape[1:], dataset.levels
+    likelihood, out_bias = _LIKELIHOODS[config.likelihood](dataset.train, levels)
+    out_shape = likelihood.out_shape(shape)
+    if config.network == "conv":
+        encoder = nets.conv_encoder(shape, 2 * config.latent_dim)
+        decoder = nets.conv_decoder(config.latent_dim, out_shape)
+    else:
+        encoder = nets.mlp(shape, (2 * config.latent_dim,), hidden=config.hidden)
+        decoder = nets.mlp((config.latent_dim,), out_shape, hidden=config.hidden[::-1], out_bias=out_bias)
+    prior = None
+    if config.prior_components > 1:
+        mixture = vd.gmm(config.prior_components, config.latent_dim, covariance=vd.diagonal_covariance)
+        prior = vd.collapsed(mixture)
+    vae = vd.vae(encoder, decoder, latent_dim=config.latent_dim, likelihood=likelihood, prior=prior)
+    problem = Problem(vae, vae, dataset, lambda key, x: x, lambda x: x, levels)
+    if config.likelihood == "bernoulli":
+        return problem._replace(transform=vd.transforms.binarize(levels), levels=2)
+    if config.likelihood == "gaussian":
+        centre = lambda x: (x.astype(jnp.float32) + 0.5) / levels  # noqa: E731
+        return problem._replace(model=vd.dequantized(vae, levels), to_vae=centre)
+    return problem
+
+
+def _bernoulli(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    mean = np.clip(images.mean(0) / (levels - 1), 0.01, 0.99)
+    return likelihoods.bernoulli(), np.log(mean) - np.log1p(-mean)
+
+
+def _categorical(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    frequency = np.stack([(images == level).mean(0) for level in range(levels)], axis=-1)
+    return likelihoods.categorical(levels), np.log(frequency + 0.1 / levels)
+
+
+def _logistic(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    embedded = 2.0 * images / (levels - 1) - 1.0
+    out_bias = np.stack([embedded.mean(0), np.log(embedded.std(0) + 1.0 / levels)], axis=-1)
+    return likelihoods.discretized_logistic(levels), out_bias
+
+
+def _gaussian(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    unit = (images + 0.5) / levels
+    out_bias = np.stack([unit.mean(0), np.log(unit.std(0) + 0.3 / levels)], axis=-1)
+    return likelihoods.gaussian(), out_bias
+
+
+_LIKELIHOODS = {
+    "bernoulli": _bernoulli,
+    "categorical": _categorical,
+    "logistic": _logistic,
+    "gaussian": _gaussian,
+}
+"""Each: (training images, levels) -> the likelihood, and the decoder's first output: that of the pixels alone."""
+
+
+def objective_of(config: Config, problem: Problem) -> vd.Scheduled:
+    """Choose what is raised: of one stored image, at a step."""
+    bound = vd.repeat(problem.model.elbo_terms, config.num_samples)
+    if config.bound == "iwae":
+        bound = vd.doubly_reparameterized(problem.model, vd.iwae, config.num_samples)
+    transform = problem.transform if config.binarization == "dynamic" else lambda key, x: x
+
+    def at(step: jax.Array) -> vd.Objective:
+        if not config.warmup_steps:
+            return vd.preprocessed(bound, transform)
+        beta = jnp.minimum(1.0, (step + 1) / config.warmup_steps)
+        kl = ("entropy", "prior_log_prob") if config.prior_components > 1 else ("kl",)
+        return vd.preprocessed(vd.weighted(bound, dict.fromkeys(kl, beta)), transform)
+
+    return vd.scheduled(at)
+
+
+def run(config: Config) -> dict:
+    """Train, judge and picture a VAE; returns the content of `result.json`."""
+    with runs.refusing():
+        problem = build(config)
+        directory = runs.open_run(config)
+    console = runs.console
+    key_train, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    train, test = problem.dataset.train, problem.dataset.test[: config.eval_images]
+
+    def draw(key: jax.Array, images: np.ndarray) -> np.ndarray:
+        transformed = evaluate.evaluate(
+            lambda key, params, x: problem.transform(key, x), key, vd.Params(), images
+        )
+        return transformed.astype(np.uint8)
+
+    test = draw(key_test, test)
+    watched = vd.preprocessed(problem.model.elbo_terms, lambda key, x: x)
+    state = runs.train(
+        config,
+        directory,
+        problem.model,
+        objective_of(config, problem),
+        draw(key_train, train) if config.binarization == "fixed" else train,
+        hooks=(runs.held_out(watched, key_watch, test[:500], every=10 * config.log_every),),
+    )
+
+    began = time.perf_counter()
+    log_prob = evaluate.importance_log_prob(problem.model, config.eval_samples, chunk_size=50)
+    with runs.counting("judging", len(test)) as on_progress:
+        judged = evaluate.evaluate(
+            log_prob, key_judge, state.ema, test, batch_size=20, on_progress=on_progress
+        )
+    elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, test)
+    kl = evaluate.evaluate(_unit_kl(problem), key_judge, state.ema, test)
+    loc = evaluate.evaluate(
+        lambda key, params, x: problem.vae.encode(params, problem.to_vae(x))[0], key_judge, state.ema, test
+    )
+    seconds = {"training": runs.training_seconds(directory), "evaluation": time.perf_counter() - began}
+
+    nats = evaluate.summarize(judged.value)
+    num_dims = test[0].size
+    metrics = {
+        "log_prob": runs.metric(nats),
+        "elbo": runs.metric(evaluate.summarize(elbo)),
+        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, num_dims), "unit": "bits/dim"},
+        "active_units": {"value": int(evaluate.active_units(loc).is_active.sum()), "unit": "units"},
+        "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
+    }
+    result = runs.write_result(directory, metrics, state.ema, seconds)
+    page = show(config, problem, directory, state.ema, test, loc, kl.mean(0), key_show, result)
+    console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images")
+    console.print(f"report   {page}")
+    return result
+
+
+def _unit_kl(problem: Problem) -> Callable[[jax.Array, vd.Params, jax.Array], jax.Array]:
+    """Make the KL of each unit of q(z | x) from N(0, 1), [latent_dim] nats."""
+
+    def unit_kl(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
+        loc, scale = problem.vae.encode(params, problem.to_vae(x))
+        return vd.densities.normal_kl(loc, jnp.log(scale))
+
+    return unit_kl
+
+
+def show(
+    config: Config,
+    problem: Problem,
+    directory: Path,
+    params: vd.Params,
+    test: np.ndarray,
+    loc: np.ndarray,
+    kl: np.ndarray,
+    key: jax.Array,
+    result: dict,
+) -> Path:
+    """Draw the run's pictures and its page."""
+    top = problem.levels - 1
+    decode = jax.jit(jax.vmap(problem.vae.decode, in_axes=(None, 0)))
+    to_unit = (lambda x: x) if config.likelihood == "gaussian" else (lambda x: np.asarray(x) / top)
+    sample = jax.jit(jax.vmap(problem.vae.sample, in_axes=(0, None)))
+    _, z = sample(jax.random.split(key, 100), params)
+    z = z[0] if config.prior_components > 1 else z
+    samples = np.clip(to_unit(decode(params, z)), 0.0, 1.0)
+    reconstructions = np.clip(to_unit(decode(params, loc[:20])), 0.0, 1.0)
+
+    report.image_grid(samples, directory / "samples.png", columns=10)
+    report.reconstruction_grid(test[:20] / top, reconstructions, directory / "reconstructions.png")
+    points, names = loc, ("$z_1$", "$z_2$")
+    if config.latent_dim > 2:
+        points, share = report.principal_plane(loc)
+        names = tuple(f"direction {i + 1}: {s:.0%} of the variance" for i, s in enumerate(share))
+    labels = problem.dataset.test_labels
+    labels = None if labels is None else labels[: len(loc)]
+    if config.latent_dim > 1:
+        report.latent_scatter(points, labels, directory / "latents.png", axis_labels=names)
+    report.training_curves(report.load_metrics(directory / "metrics.jsonl"), directory / "curves.png")
+    report.kl_per_unit(kl, directory / "kl_per_unit.png")
+
+    metrics = result["metrics"]
+    figures = [
+        report.FigureEntry("samples.png", "What the model imagines: E[x | z] for z drawn from the prior."),
+        report.FigureEntry("reconstructions.png", "Test images above, E[x | posterior mean] below."),
+        report.FigureEntry(
+            "latents.png", "Posterior means of the test images, coloured by a label never trained on."
+        ),
+        report.FigureEntry("curves.png", "The objective and its terms over training, in nats per datum."),
+        report.FigureEntry("kl_per_unit.png", "How many nats each latent unit carries on average."),
+    ]
+    log_prob = metrics["log_prob"]
+    draws = f"importance sampling, {config.eval_samples:,} draws, {log_prob['num_data']:,} test images"
+    return report.write_page(
+        directory,
+        title=f"Variational autoencoder on {problem.dataset.name}",
+        lead="A deep latent Gaussian, its posterior amortised by a network, trained by its ELBO.",
+        headline=[
+            report.Tile("log p(x)", log_prob["value"], log_prob["std_error"], "nats per datum", draws),
+            report.Tile(
+                "ELBO", metrics["elbo"]["value"], metrics["elbo"]["std_error"], "nats per datum", "one draw"
+            ),
+            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
+            report.Tile("active units", metrics["active_units"]["value"], None, f"of {config.latent_dim}"),
+            report.Tile(
+                "training", format_seconds(result["seconds"]["training"]), None, result["device"]
+            ),
+        ],
+        figures=[entry for entry in figures if (directory / entry.path).exists()],
+        config=dataclasses.asdict(config) | {"run_dir": str(config.run_dir)},
+        result=result,
+    )
+
+
+if __name__ == "__main__":
+    runs.main(run, PRESETS)
