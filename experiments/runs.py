@@ -207,7 +207,7 @@ def train(
         model: what is trained; only its `init` is used.
         objective: `(key, params, x) -> Terms`, or a scheduled one.
         images: [N, ...], the training data.
-        hooks: called before the metrics are written, and may add to them.
+        hooks: called before the metrics are written; what they return is written too.
 
     Returns:
         The trained `TrainState`.
@@ -260,12 +260,12 @@ def train(
 def held_out(
     objective: vd.Objective, key: jax.Array, images: np.ndarray, *, every: int, name: str = "test_elbo"
 ) -> vd.Hook:
-    """Make the hook that adds the objective on held-out images, under the moving average, to the metrics."""
+    """Make the hook that judges held-out images under the moving average and adds that to the metrics."""
     evaluator = vd.total(objective)
 
-    def call(step: int, state: vd.TrainState, metrics: dict[str, float]) -> None:
+    def call(step: int, state: vd.TrainState, metrics: dict[str, float]) -> dict[str, float]:
         values = vd.evaluate.evaluate(evaluator, key, state.ema, images, batch_size=500)
-        metrics[name] = float(np.mean(values))
+        return {name: float(np.mean(values))}
 
     return vd.Hook(every, call)
 
@@ -279,9 +279,15 @@ def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def metric(summary: vd.evaluate.Summary, unit: str = "nats per datum") -> dict[str, Any]:
-    """Record a mean over a data set in `result.json`."""
-    return {"value": summary.mean, "std_error": summary.std_error, "unit": unit, "num_data": summary.num_data}
+def metric(summary: vd.evaluate.Summary, bound: str) -> dict[str, Any]:
+    """Record a mean over a data set in `result.json`; bound says what was averaged."""
+    return {
+        "value": summary.mean,
+        "std_error": summary.std_error,
+        "unit": "nats per datum",
+        "bound": bound,
+        "num_data": summary.num_data,
+    }
 
 
 def write_result(

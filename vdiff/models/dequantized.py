@@ -3,7 +3,7 @@ r"""A density of continuous data as a model of integers: dequantisation is one m
     k in {0..levels-1}^d,   y = (k + u) / levels,   u ~ q(u | k) = U[0, 1)^d
     P(k) = int p(y(u)) levels^-d du        so  log p(y) - d log levels  is a log-joint of (k, u)
 
-The ELBO of the pair (u, z) is the usual bound by uniform dequantisation, and `importance_log_prob` tightens it.
+The ELBO of the pair (u, z) is the usual bound by uniform dequantisation; `importance_log_prob` tightens it.
 Mass that the density puts outside [0, 1)^d counts for no integer: the bound stays a bound.
 
 Source: Theis, van den Oord and Bethge, A Note on the Evaluation of Generative Models, 2016, 3.1; Ho et al.,

@@ -14,7 +14,7 @@ from vdiff.train.step import TrainState
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, num_steps: int, *, start: int = 0, every: int = 10) -> Iterator[Hook]:
+def progress_bar(label: str, num_steps: int, *, start: int = 0, every: int = 20) -> Iterator[Hook]:
     """Show a progress bar with the live value of the objective.
 
     Args:
@@ -98,7 +98,7 @@ def stop_if_diverged(*, every: int = 50) -> Hook:
     """Make the hook that ends a run whose metrics are not finite. Put it before the one that saves.
 
     Args:
-        every: steps between two looks; means over a dispatch hide no NaN.
+        every: steps between two looks; a mean over the steps between hides no NaN.
 
     Returns:
         A `Hook` for `fit`, which raises `DivergedError` naming the step and the metrics.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from vdiff.train.parallel import CompiledStep
-from vdiff.train.step import TrainState
+from vdiff.train.step import Metrics, TrainState
 from vdiff.types import PyTree
 
 
@@ -23,12 +23,13 @@ class Hook(NamedTuple):
 
     Attributes:
         every: how many steps lie between two calls.
-        call: `(step, state, metrics) -> None`; metrics are floats, means since the last dispatch. The state's
+        call: `(step, state, metrics) -> None or more metrics`; metrics are floats, means over the steps since
+            this hook's last call. What it returns is added to the metrics of the hooks after it. The state's
             buffers are donated to the next step: copy what is kept.
     """
 
     every: int
-    call: Callable[[int, TrainState, dict[str, float]], None]
+    call: Callable[[int, TrainState, dict[str, float]], dict[str, float] | None]
 
 
 def fit(
@@ -38,7 +39,7 @@ def fit(
     num_steps: int,
     *,
     hooks: Sequence[Hook] = (),
-    steps_per_call: int = 16,
+    steps_per_call: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Train until the state has made `num_steps` steps in all.
@@ -53,7 +54,8 @@ def fit(
         num_steps: the step at which to end, counted from the start of the run; a state that is there already
             comes back as it is.
         hooks: what to do every so many steps, in this order; each is also called at the last step.
-        steps_per_call: how many steps to dispatch at once; a hook's step always ends a call.
+        steps_per_call: how many steps to dispatch at once; a hook's step always ends a call. None for 16 on
+            accelerators and 1 on CPU, where a call costs little and XLA runs convolutions in a loop slowly.
         should_stop: asked between calls; when true, the hooks are called and the state returned.
 
     Returns:
@@ -65,25 +67,34 @@ def fit(
     """
     if not isinstance(step, CompiledStep):
         raise TypeError(f"step: got {type(step).__name__}, expected jit_step(step) or pmap_step(step)")
-    for name, size in [("steps_per_call", steps_per_call), *((f"hooks {h.call}", h.every) for h in hooks)]:
+    if steps_per_call is None:
+        steps_per_call = 1 if jax.default_backend() == "cpu" else 16
+    for name, size in [("steps_per_call", steps_per_call), *(("hooks: every", hook.every) for hook in hooks)]:
         if size < 1:
             raise ValueError(f"{name}: got {size}, expected at least 1")
 
     done = int(state.step)
-    while done < num_steps:
+    on_device: list[tuple[int, Metrics]] = []
+    since_call: list[list[tuple[int, Metrics]]] = [[] for _ in hooks]
+    is_last = done >= num_steps
+    while not is_last:
         ends = [done - done % hook.every + hook.every for hook in hooks]
         end = min(done + steps_per_call, num_steps, *ends)
         stack = _stack([batches(i) for i in range(done, end)], steps_per_call)
         state, metrics = step.run(state, step.place(stack), end - done)
+        on_device.append((end - done, metrics))
         done = end
         is_last = done == num_steps or should_stop()
-        due = [hook for hook in hooks if is_last or done % hook.every == 0]
-        if due:
-            fetched = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            for hook in due:
-                hook.call(done, state, fetched)
-        if is_last:
-            break
+        due = [i for i, hook in enumerate(hooks) if is_last or done % hook.every == 0]
+        if not due:
+            continue
+        fetched, on_device = jax.device_get(on_device), []
+        for pending in since_call:
+            pending.extend(fetched)
+        more: dict[str, float] = {}
+        for i in due:
+            more |= hooks[i].call(done, state, _mean(since_call[i]) | more) or {}
+            since_call[i].clear()
     return state
 
 
@@ -130,3 +141,10 @@ def _stack(batches: list[PyTree], length: int) -> PyTree:
         return out
 
     return jax.tree.map(stack, *batches)
+
+
+def _mean(pending: list[tuple[int, Metrics]]) -> dict[str, float]:
+    """Average metrics of several calls, each weighted by its number of steps."""
+    total = sum(count for count, _ in pending)
+    names = pending[0][1] if pending else ()
+    return {name: sum(count * float(metrics[name]) for count, metrics in pending) / total for name in names}

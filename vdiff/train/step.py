@@ -146,7 +146,8 @@ def many_steps(step: TrainStep) -> Callable[[TrainState, PyTree, Array], tuple[T
 
     Returns:
         `(state, batches [n, B, ...], count) -> (state, metrics)`: takes the first `count` of n batches; count
-        is traced, so that a short last call compiles nothing. Metrics are means over the steps taken.
+        is traced, so that a short last call compiles nothing. Metrics are means over the steps taken. With
+        n = 1 there is no loop.
     """
 
     def take(state: TrainState, batches: PyTree, count: Int[Array, ""]) -> tuple[TrainState, Metrics]:
@@ -156,6 +157,8 @@ def many_steps(step: TrainStep) -> Callable[[TrainState, PyTree, Array], tuple[T
             return state, jax.tree.map(jnp.add, totals, metrics)
 
         first = jax.tree.map(lambda leaf: leaf[0], batches)
+        if _batch_size(batches) == 1:
+            return step(state, first)
         shapes = jax.eval_shape(step, state, first)[1]
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         state, totals = jax.lax.fori_loop(0, count, body, (state, zeros))

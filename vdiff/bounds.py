@@ -1,0 +1,83 @@
+r"""Bounds on log p(x): functions of K log-weights l_k = log p(x, z_k) - log q(z_k | x), z_k ~ q.
+
+    elbo        1/K sum_k l_k                                          tight at the posterior (12.2.3)
+    iwae        log 1/K sum_k exp(l_k)                                 tighter with K
+    renyi(a)    1/(1-a) log 1/K sum_k exp((1-a) l_k)                   elbo at a = 1, iwae at a = 0
+
+A bound knows no model, and an estimator knows no bound: every pair of them works. Nats per datum.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
+
+Bound = Callable[[Float[Array, " K"]], Float[Array, ""]]
+
+
+def elbo(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
+    """Average K log-weights: the evidence lower bound.
+
+    Args:
+        log_weights: [K], nats.
+
+    Returns:
+        1/K sum_k l_k, nats; in expectation at most log p(x).
+
+    Source: lecture 12.2.3.
+    """
+    return jnp.mean(log_weights)
+
+
+def iwae(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
+    """Take the log of the average of K weights: the importance-weighted bound.
+
+    Args:
+        log_weights: [K], nats.
+
+    Returns:
+        log 1/K sum_k exp(l_k), nats; in expectation between the ELBO and log p(x), rising with K.
+
+    Source: Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, eq. 8.
+    """
+    return logsumexp(log_weights) - math.log(log_weights.shape[0])
+
+
+def renyi(alpha: float) -> Bound:
+    """Build the variational Renyi bound of order alpha.
+
+        1/(1-alpha) log 1/K sum_k exp((1-alpha) l_k)
+
+    The limits are exact: alpha = 1 is `elbo`, alpha = 0 is `iwae`. Near alpha = 1 the logarithm above is
+    a small difference divided by a small number; there it is computed about the mean m of the l_k as
+    m + log1p(mean(expm1((1-alpha)(l - m)))) / (1-alpha).
+
+    Args:
+        alpha: the order, any finite number; negative orders lie above `iwae`.
+
+    Returns:
+        A bound `(log_weights [K]) -> []`, nats.
+
+    Raises:
+        ValueError: if alpha is not finite.
+
+    Source: Li and Turner, Renyi Divergence Variational Inference, 2016, eq. 10.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: got {alpha}, expected a finite number")
+    if alpha == 1.0:
+        return elbo
+    order = 1.0 - alpha
+
+    def bound(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
+        mean = jnp.mean(log_weights)
+        spread = order * (log_weights - mean)
+        is_small = jnp.max(jnp.abs(spread)) < 1.0
+        near = jnp.log1p(jnp.mean(jnp.expm1(jnp.where(is_small, spread, 0.0))))
+        far = logsumexp(spread) - math.log(log_weights.shape[0])
+        return mean + jnp.where(is_small, near, far) / order
+
+    bound.__name__ = "renyi"
+    return bound

@@ -1,0 +1,1 @@
+"""Gradient estimators: a model and a bound become an objective."""

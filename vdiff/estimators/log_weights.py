@@ -1,0 +1,36 @@
+"""Draws of q and their log-weights: what every estimator starts from."""
+
+import jax
+from jaxtyping import Array, Float
+
+from vdiff.types import Key, Model, Params, PyTree, check_key
+
+
+def draw(model: Model, key: Key, params: Params, x: PyTree, num_samples: int) -> PyTree:
+    """Draw z_1..z_K of q(z | x); the encoder, which does not see the key, runs once.
+
+    Returns:
+        z with a leading axis K = num_samples on every leaf.
+    """
+    keys = jax.random.split(check_key(key), num_samples)
+    return jax.vmap(model.sample_q, in_axes=(0, None, None))(keys, params, x)
+
+
+def log_joints(model: Model, params: Params, x: PyTree, z: PyTree) -> Float[Array, " K"]:
+    """Evaluate log p(x, z_k) at K draws, nats."""
+    return jax.vmap(model.log_joint, in_axes=(None, None, 0))(params, x, z)
+
+
+def log_qs(model: Model, params: Params, x: PyTree, z: PyTree) -> Float[Array, " K"]:
+    """Evaluate log q(z_k | x) at K draws, nats."""
+    return jax.vmap(model.log_q, in_axes=(None, None, 0))(params, x, z)
+
+
+def check_num_samples(num_samples: int) -> None:
+    """Refuse fewer than one draw.
+
+    Raises:
+        ValueError: if `num_samples` is less than one.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples: got {num_samples}, expected at least 1")

@@ -1,0 +1,346 @@
+r"""The Gaussian mixture: the latent-variable model whose every quantity is known exactly.
+
+    p(z) = softmax(phi)_z,   z in {0..C-1}           p(x | z) = N(x; loc_z, Sigma_z)         (12.2.1)
+    log p(x)   = log sum_z p(z) p(x | z)                            C terms: exact
+    p(z | x)   = p(z) p(x | z) / p(x)                               exact, so a q for which
+    ELBO(x)    = log p(x)                                           tight at the posterior (12.2.3)
+
+A covariance is held by its whitening matrix W, lower triangular, Sigma^-1 = W^T W, its diagonal by the
+logarithm: it is positive definite at any parameter value, and
+
+    log N(x; loc, Sigma) = log |W| - |W (x - loc)|^2 / 2 - dim / 2 log 2 pi
+
+takes a matrix product per datum; only sampling, x = loc + W^-1 eps, solves a triangular system. A
+diagonal Sigma has W = diag(exp(-log_scale)).
+
+Source: lecture 12.2.1 and 12.2.3; Bishop, Pattern Recognition and Machine Learning, 2006, 9.2 and 2.3.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float, Int
+
+from vdiff.densities import LOG_2_PI, categorical_log_prob
+from vdiff.types import Key, Model, Network, Objective, Params, PyTree, Terms, check_key
+
+Theta = dict[str, Array]
+
+_RESOLUTION = 1e-5
+"""What float32 sums resolve: a smaller ratio of scales is rounding, not structure in the data."""
+
+
+class Covariance(NamedTuple):
+    """Hold a family of covariances Sigma_z, by their whitening matrices W_z, as pure functions.
+
+    `theta` is the mixture's whole dictionary: "loc" and the family's own leaves. The last three serve EM.
+
+    Attributes:
+        init: `(num_components, dim) -> dict`, the family's own leaves at Sigma_z = I.
+        whiten: `(theta, z, residual [dim]) -> [dim]`, W_z residual.
+        unwhiten: `(theta, z, noise [dim]) -> [dim]`, W_z^-1 noise.
+        log_det: `(theta, z) -> []`, log |W_z|, nats.
+        log_prior: `(theta, prior_scale) -> []`, -1/2 sum (log |Sigma| + prior_scale^2 tr Sigma^-1) over the
+            family's DISTINCT matrices, nats at unit strength.
+        scatter: `(residual [N, dim], weight [N]) -> sum_n weight_n residual_n residual_n^T`, [dim, dim], or
+            its diagonal [dim].
+        maximize: `(theta, counts [C], scatters [C, ...], prior_strength, prior_scale) -> dict`, the own
+            leaves that maximise the expected log-likelihood plus prior_strength * log_prior.
+    """
+
+    init: Callable[[int, int], Theta]
+    whiten: Callable[[Theta, Array, Array], Array]
+    unwhiten: Callable[[Theta, Array, Array], Array]
+    log_det: Callable[[Theta, Array], Array]
+    log_prior: Callable[[Theta, Array | float], Array]
+    scatter: Callable[[Array, Array], Array]
+    maximize: Callable[[Theta, Array, Array, Array | float, Array | float], Theta]
+
+
+def _matrix(log_diag: Float[Array, " dim"], lower: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
+    return jnp.tril(lower, -1) + jnp.diag(jnp.exp(log_diag))
+
+
+def _scatter(residual: Float[Array, "N dim"], weight: Float[Array, " N"]) -> Float[Array, "dim dim"]:
+    return jnp.matmul((weight[:, None] * residual).T, residual, precision=Precision.HIGHEST)
+
+
+def _log_prior(
+    log_diag: Float[Array, "*C dim"], lower: Float[Array, "*C dim dim"], prior_scale: Array | float
+) -> Float[Array, ""]:
+    trace = jnp.sum(jnp.exp(2.0 * log_diag)) + jnp.sum(jnp.square(jnp.tril(lower, -1)))
+    return jnp.sum(log_diag) - 0.5 * prior_scale**2 * trace
+
+
+def _maximize(
+    theta: Theta,
+    square: Float[Array, " dim"],
+    count: Float[Array, ""],
+    scatter: Float[Array, "dim dim"],
+    prior_strength: Array | float,
+    prior_scale: Array | float,
+) -> Theta:
+    """Set one matrix to (scatter + nu s^2 I) / (count + nu); keep it where float32 sees that as singular."""
+    eye = jnp.eye(square.shape[0], dtype=square.dtype)
+    total = jnp.maximum(count + prior_strength, jnp.finfo(square.dtype).tiny)
+    sigma = (scatter + prior_strength * prior_scale**2 * eye) / total
+    factor = jnp.linalg.cholesky(sigma)
+    pivots = jnp.diagonal(factor)
+    is_sound = jnp.all(pivots**2 > _RESOLUTION * jnp.diagonal(sigma))  # False for the NaN of a failed factor
+    is_sound &= jnp.all(jnp.diagonal(sigma) > _RESOLUTION**2 * square)
+    whitening = solve_triangular(jnp.where(is_sound, factor, eye), eye, lower=True)
+    return {
+        "log_diag": jnp.where(is_sound, -jnp.log(pivots), theta["log_diag"]),
+        "lower": jnp.where(is_sound, jnp.tril(whitening, -1), theta["lower"]),
+    }
+
+
+def _maximize_full(
+    theta: Theta, counts: Array, scatters: Array, prior_strength: Array | float, prior_scale: Array | float
+) -> Theta:
+    own = {"log_diag": theta["log_diag"], "lower": theta["lower"]}
+    per_component = jax.vmap(_maximize, in_axes=(0, 0, 0, 0, None, None))
+    return per_component(own, theta["loc"] ** 2, counts, scatters, prior_strength, prior_scale)
+
+
+def _maximize_shared(
+    theta: Theta, counts: Array, scatters: Array, prior_strength: Array | float, prior_scale: Array | float
+) -> Theta:
+    total = jnp.maximum(jnp.sum(counts), jnp.finfo(counts.dtype).tiny)
+    square = jnp.matmul(counts / total, theta["loc"] ** 2)
+    return _maximize(theta, square, jnp.sum(counts), jnp.sum(scatters, axis=0), prior_strength, prior_scale)
+
+
+def _maximize_diagonal(
+    theta: Theta, counts: Array, scatters: Array, prior_strength: Array | float, prior_scale: Array | float
+) -> Theta:
+    total = jnp.maximum(counts + prior_strength, jnp.finfo(counts.dtype).tiny)[:, None]
+    variance = (scatters + prior_strength * prior_scale**2) / total
+    is_sound = variance > _RESOLUTION**2 * theta["loc"] ** 2
+    log_scale = 0.5 * jnp.log(jnp.where(is_sound, variance, 1.0))
+    return {"log_scale": jnp.where(is_sound, log_scale, theta["log_scale"])}
+
+
+full_covariance = Covariance(
+    init=lambda num_components, dim: {
+        "log_diag": jnp.zeros((num_components, dim)),
+        "lower": jnp.zeros((num_components, dim, dim)),
+    },
+    whiten=lambda theta, z, residual: jnp.matmul(
+        _matrix(theta["log_diag"][z], theta["lower"][z]), residual, precision=Precision.HIGHEST
+    ),
+    unwhiten=lambda theta, z, noise: solve_triangular(
+        _matrix(theta["log_diag"][z], theta["lower"][z]), noise, lower=True
+    ),
+    log_det=lambda theta, z: jnp.sum(theta["log_diag"][z]),
+    log_prior=lambda theta, prior_scale: _log_prior(theta["log_diag"], theta["lower"], prior_scale),
+    scatter=_scatter,
+    maximize=_maximize_full,
+)
+"""A full matrix per component: leaves "log_diag" [C, dim] and "lower" [C, dim, dim] (below the diagonal)."""
+
+shared_covariance = Covariance(
+    init=lambda num_components, dim: {"log_diag": jnp.zeros((dim,)), "lower": jnp.zeros((dim, dim))},
+    whiten=lambda theta, z, residual: jnp.matmul(
+        _matrix(theta["log_diag"], theta["lower"]), residual, precision=Precision.HIGHEST
+    ),
+    unwhiten=lambda theta, z, noise: solve_triangular(
+        _matrix(theta["log_diag"], theta["lower"]), noise, lower=True
+    ),
+    log_det=lambda theta, z: jnp.sum(theta["log_diag"]),
+    log_prior=lambda theta, prior_scale: _log_prior(theta["log_diag"], theta["lower"], prior_scale),
+    scatter=_scatter,
+    maximize=_maximize_shared,
+)
+"""One full matrix for all components: leaves "log_diag" [dim] and "lower" [dim, dim]."""
+
+diagonal_covariance = Covariance(
+    init=lambda num_components, dim: {"log_scale": jnp.zeros((num_components, dim))},
+    whiten=lambda theta, z, residual: jnp.exp(-theta["log_scale"][z]) * residual,
+    unwhiten=lambda theta, z, noise: jnp.exp(theta["log_scale"][z]) * noise,
+    log_det=lambda theta, z: -jnp.sum(theta["log_scale"][z]),
+    log_prior=lambda theta, prior_scale: (
+        -jnp.sum(theta["log_scale"] + 0.5 * prior_scale**2 * jnp.exp(-2.0 * theta["log_scale"]))
+    ),
+    scatter=lambda residual, weight: jnp.matmul(weight, residual**2, precision=Precision.HIGHEST),
+    maximize=_maximize_diagonal,
+)
+"""A diagonal matrix per component: the leaf "log_scale" [C, dim]."""
+
+
+class GMM(NamedTuple):
+    """Hold a mixture: the fields of `Model`, and what only a mixture knows.
+
+    Attributes:
+        init, log_joint, log_q, sample_q, sample, elbo_terms: as in `vdiff.types.Model`; z is an int32 scalar.
+        log_prob: `(params, x) -> []`, log p(x) by enumeration, nats.
+        log_posterior: `(params, x) -> [num_components]`, log p(z | x), nats.
+        covariance: the `Covariance` that it was built with.
+        encoder: the `Network` of q, or None where q is the posterior.
+    """
+
+    init: Callable[[Key], Params]
+    log_joint: Callable[[Params, PyTree, PyTree], Array]
+    log_q: Callable[[Params, PyTree, PyTree], Array]
+    sample_q: Callable[[Key, Params, PyTree], PyTree]
+    sample: Callable[[Key, Params], tuple[PyTree, PyTree]]
+    elbo_terms: Objective
+    log_prob: Callable[[Params, PyTree], Array]
+    log_posterior: Callable[[Params, PyTree], Array]
+    covariance: Covariance
+    encoder: Network | None
+
+    elbo_estimate = Model.elbo_estimate
+
+
+def gmm(
+    num_components: int,
+    dim: int,
+    *,
+    covariance: Covariance = full_covariance,
+    encoder: Network | None = None,
+) -> GMM:
+    """Build a mixture of Gaussians; x is a float vector [dim], z the index of its component.
+
+        log p(x, z) = log softmax(phi)_z + log N(x; loc_z, Sigma_z)
+        elbo_terms  = {"reconstruction": sum_z q(z|x) log p(x|z), "kl": -KL(q(z|x) || p(z))}
+
+    Without an encoder q(z | x) is the exact posterior at theta and phi, lam is (), and the terms sum to
+    log p(x), in value and gradient. With one, q = softmax(encoder(x)) and they sum to the exact ELBO. Either
+    way the sum runs over all components, so no key is used; a component of probability zero adds nothing.
+
+    Args:
+        num_components: C, at least 1.
+        dim: dimension of x, at least 1.
+        covariance: `full_covariance`, `diagonal_covariance` or `shared_covariance`, or your own record.
+        encoder: a `Network` with apply(lam, x) -> logits [C]; None for the exact posterior.
+
+    Returns:
+        A `GMM`, with params theta = {"loc": [C, dim], ...the covariance's leaves}, phi = {"logits": [C]} and
+        lam = encoder's. `init` draws locations from N(0, I), with unit covariances and equal weights.
+
+    Raises:
+        ValueError: if C or dim is less than one; at trace time, if x is not a float [dim] or the encoder's
+            output not [C].
+
+    Source: lecture 12.2.1 and 12.2.3; Bishop, Pattern Recognition and Machine Learning, 2006, 9.2.
+    """
+    for name, got in (("num_components", num_components), ("dim", dim)):
+        if got < 1:
+            raise ValueError(f"{name}: got {got}, expected at least 1")
+
+    def init(key: Key) -> Params:
+        key_loc, key_lam = jax.random.split(check_key(key))
+        return Params(
+            theta={"loc": jax.random.normal(key_loc, (num_components, dim))}
+            | covariance.init(num_components, dim),
+            phi={"logits": jnp.zeros((num_components,))},
+            lam=() if encoder is None else encoder.init(key_lam),
+        )
+
+    def log_likelihoods(params: Params, x: Array) -> Float[Array, " C"]:
+        _check_datum(x, dim)
+        components = jnp.arange(num_components, dtype=jnp.int32)
+        return jax.vmap(lambda z: component_log_prob(covariance, params.theta, z, x))(components)
+
+    def log_joints(params: Params, x: Array) -> Float[Array, " C"]:
+        return jax.nn.log_softmax(params.phi["logits"]) + log_likelihoods(params, x)
+
+    def log_prob(params: Params, x: Array) -> Float[Array, ""]:
+        return logsumexp(log_joints(params, x))
+
+    def log_posterior(params: Params, x: Array) -> Float[Array, " C"]:
+        return jax.nn.log_softmax(log_joints(params, x))
+
+    def log_qs(params: Params, x: Array) -> Float[Array, " C"]:
+        if encoder is None:
+            return log_posterior(params, x)
+        _check_datum(x, dim)
+        return jax.nn.log_softmax(_check_logits(encoder.apply(params.lam, x), num_components))
+
+    def log_joint(params: Params, x: Array, z: Int[Array, ""]) -> Float[Array, ""]:
+        _check_datum(x, dim)
+        log_prior = categorical_log_prob(z, params.phi["logits"])
+        return log_prior + component_log_prob(covariance, params.theta, z, x)
+
+    def log_q(params: Params, x: Array, z: Int[Array, ""]) -> Float[Array, ""]:
+        return categorical_log_prob(z, log_qs(params, x))
+
+    def sample_q(key: Key, params: Params, x: Array) -> Int[Array, ""]:
+        return jax.random.categorical(check_key(key), log_qs(params, x)).astype(jnp.int32)
+
+    def sample(key: Key, params: Params) -> tuple[Float[Array, " dim"], Int[Array, ""]]:
+        key_z, key_x = jax.random.split(check_key(key))
+        loc = params.theta["loc"]
+        z = jax.random.categorical(key_z, params.phi["logits"]).astype(jnp.int32)
+        noise = jax.random.normal(key_x, (dim,), loc.dtype)
+        return loc[z] + covariance.unwhiten(params.theta, z, noise), z
+
+    def elbo_terms(key: Key, params: Params, x: Array) -> Terms:
+        log_q = log_qs(params, x)
+        log_prior = jax.nn.log_softmax(params.phi["logits"])
+        # Where q is zero, or underflows to it, log_prior may be -inf: take it out before they meet.
+        is_possible = log_q > jnp.log(jnp.finfo(log_q.dtype).tiny)
+        q = jnp.where(is_possible, jnp.exp(log_q), 0.0)
+        log_ratio = jnp.where(is_possible, log_prior, 0.0) - jnp.where(is_possible, log_q, 0.0)
+        return {
+            "reconstruction": jnp.sum(q * log_likelihoods(params, x)),
+            "kl": jnp.sum(q * log_ratio),
+        }
+
+    return GMM(
+        init, log_joint, log_q, sample_q, sample, elbo_terms, log_prob, log_posterior, covariance, encoder
+    )
+
+
+def collapsed(mixture: GMM) -> Model:
+    """Sum the component out of a mixture: the same density of x, as a `Model` without a latent.
+
+        z = (),   log p(x, z) = log p(x),   log q = 0
+
+    A density in this form can be the prior of a VAE, with its latent for x. An encoder is left behind.
+
+    Args:
+        mixture: a `GMM`.
+
+    Returns:
+        A `Model` over the same theta and phi, lam = (), with the one term `log_prob`, exact, nats.
+    """
+    return Model(
+        init=lambda key: mixture.init(key)._replace(lam=()),
+        log_joint=lambda params, x, z: mixture.log_prob(params, x),
+        log_q=lambda params, x, z: jnp.zeros(()),
+        sample_q=lambda key, params, x: (),
+        sample=lambda key, params: (mixture.sample(key, params)[0], ()),
+        elbo_terms=lambda key, params, x: {"log_prob": mixture.log_prob(params, x)},
+    )
+
+
+def component_log_prob(
+    covariance: Covariance, theta: Theta, z: Int[Array, ""], x: Float[Array, " dim"]
+) -> Float[Array, ""]:
+    """Evaluate log p(x | z) = log N(x; loc_z, Sigma_z) of one datum under one component, nats."""
+    white = covariance.whiten(theta, z, x - theta["loc"][z])
+    return covariance.log_det(theta, z) - 0.5 * (jnp.sum(jnp.square(white)) + white.shape[0] * LOG_2_PI)
+
+
+def _check_datum(x: Array, dim: int) -> None:
+    if jnp.shape(x) != (dim,):
+        fix = "pass one datum as a vector, and map over a batch with jax.vmap"
+        raise ValueError(f"x: got shape {list(jnp.shape(x))}, expected [{dim}]; {fix}")
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise ValueError(f"x: got dtype {jnp.result_type(x)}, expected floating point; convert it by astype")
+
+
+def _check_logits(logits: Array, num_components: int) -> Array:
+    if jnp.shape(logits) != (num_components,):
+        raise ValueError(
+            f"encoder: got an output of shape {list(jnp.shape(logits))}, expected [{num_components}]; "
+            "let its last layer return one logit per component"
+        )
+    return logits

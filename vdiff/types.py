@@ -1,0 +1,162 @@
+r"""The contract: a latent-variable model is a handful of pure functions of one datum.
+
+    p(x) = int p_theta(x | z) p_phi(z) dz                                        (12.2.1)
+    ELBO(x) = E_{q_lambda(z | x)} [ log p(x, z) - log q_lambda(z | x) ]          (12.2.3)
+
+The records below hold functions and no state: parameters travel as `Params`, randomness as a typed
+key, and a batch is `jax.vmap`. Log-probabilities are in nats per datum, larger is better.
+
+Section 12.2.3 of the lecture writes "- H(q)" with H = int q log q. With the usual sign of the
+entropy that is "+ H(q)"; the ELBO above is what the code computes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+PyTree = Any
+Key = Array
+"""A typed key, made by `jax.random.key(seed)`."""
+
+Terms = dict[str, Float[Array, ""]]
+"""Named scalars whose sum is the estimate, in nats unless the objective states another unit."""
+
+
+class Params(NamedTuple):
+    """Hold everything that is learned, by its part in the lecture.
+
+    Attributes:
+        theta: parameters of the likelihood p_theta(x | z).
+        phi: parameters of the prior p_phi(z); `()` when the prior is fixed.
+        lam: parameters of the variational q_lambda(z | x); `()` when q has none.
+        cv: what an estimator learns (a baseline, a control variate); no model reads it.
+    """
+
+    theta: PyTree = ()
+    phi: PyTree = ()
+    lam: PyTree = ()
+    cv: PyTree = ()
+
+
+Objective = Callable[[Key, Params, PyTree], Terms]
+"""A function `(key, params, x) -> Terms` of one datum: all that can be trained or evaluated.
+
+Law: the sum of the terms estimates the quantity that the objective's docstring names, and
+`jax.grad` of that sum is the gradient estimator that the docstring names. Both are promises.
+"""
+
+
+class Network(NamedTuple):
+    """Hold a parametrized function: all that a model knows of a neural-network library.
+
+    Attributes:
+        init: `(key) -> params`.
+        apply: `(params, *inputs) -> array`, for one datum.
+    """
+
+    init: Callable[[Key], PyTree]
+    apply: Callable[..., Array]
+
+
+class Likelihood(NamedTuple):
+    """Hold a conditional density p(x | out) of one datum, given a network's output.
+
+    Attributes:
+        log_prob: `(out, x) -> []`, nats, summed over the dimensions of x.
+        sample: `(key, out) -> x`.
+        mean: `(out) -> E[x | out]`, in the units of x, float.
+        embed: `(x) -> float array` of x's shape, roughly in [-1, 1]: what a network is shown of x.
+        out_shape: `(shape of x) -> shape of out`, for building and checking a decoder.
+    """
+
+    log_prob: Callable[[Array, Array], Array]
+    sample: Callable[[Key, Array], Array]
+    mean: Callable[[Array], Array]
+    embed: Callable[[Array], Array]
+    out_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+
+
+class LogProb(NamedTuple):
+    """Hold an estimate of log p(x) in nats and how far to trust it.
+
+    Attributes:
+        value: the estimate of log p(x), nats.
+        std_error: its standard error over the draws, nats (delta method).
+        ess: the effective number of draws, between 1 and the number drawn.
+    """
+
+    value: Float[Array, "..."]
+    std_error: Float[Array, "..."]
+    ess: Float[Array, "..."]
+
+
+def is_discrete(z: PyTree) -> bool:
+    """Tell whether any leaf of z has an integer or boolean dtype, i.e. cannot be differentiated."""
+    return any(not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(z))
+
+
+class Model(NamedTuple):
+    """Hold a latent-variable model as pure functions of ONE datum x.
+
+    Five functions make a model; `elbo_terms` may be left out.
+
+    Attributes:
+        init: `(key) -> Params`.
+        log_joint: `(params, x, z) -> []`, log p_phi(z) + log p_theta(x | z), nats.
+        log_q: `(params, x, z) -> []`, log q_lambda(z | x), nats.
+        sample_q: `(key, params, x) -> z`, differentiable in params where that is possible (12.2.5); a
+            discrete leaf of z has an integer or boolean dtype.
+        sample: `(key, params) -> (x, z)`, ancestral.
+        elbo_terms: `(key, params, x) -> Terms`, the model's own sharpest ELBO, term by term.
+    """
+
+    init: Callable[[Key], Params]
+    log_joint: Callable[[Params, PyTree, PyTree], Array]
+    log_q: Callable[[Params, PyTree, PyTree], Array]
+    sample_q: Callable[[Key, Params, PyTree], PyTree]
+    sample: Callable[[Key, Params], tuple[PyTree, PyTree]]
+    elbo_terms: Objective | None = None
+
+    def elbo_estimate(self, key: Key, params: Params, x: PyTree) -> Float[Array, ""]:
+        """Estimate the ELBO of one datum, without bias in value and in gradient.
+
+        The sum of `elbo_terms`; where the model has none, log p(x, z) - log q(z | x) at one draw z of
+        q, in score-function form (12.2.4) when z has a discrete leaf.
+
+        Args:
+            key: a typed key.
+            params: the model's parameters.
+            x: one datum.
+
+        Returns:
+            A scalar, nats.
+
+        Raises:
+            TypeError: if `key` is not a typed key.
+        """
+        if self.elbo_terms is not None:
+            return sum(self.elbo_terms(check_key(key), params, x).values())
+        z = self.sample_q(check_key(key), params, x)
+        if not is_discrete(z):
+            return self.log_joint(params, x, z) - self.log_q(params, x, z)
+        z = stop_gradient(z)
+        log_q = self.log_q(params, x, z)
+        log_weight = self.log_joint(params, x, z) - log_q
+        score = stop_gradient(log_weight) * log_q
+        return log_weight + (score - stop_gradient(score))
+
+
+def check_key(key: Key) -> Key:
+    """Return the key, or refuse what is not one typed key.
+
+    Raises:
+        TypeError: if `key` is a raw integer array, as `jax.random.PRNGKey` makes.
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
+    raise TypeError(f"key: got {got}, expected a typed key; make it with jax.random.key(seed)")
