@@ -95,7 +95,7 @@ class Problem(NamedTuple):
     """
 
     model: vd.Model
-    mixture: vd.models.gmm.GMM
+    mixture: vd.GMM
     train: np.ndarray
     test: np.ndarray
     levels: int
@@ -148,6 +148,7 @@ def objective_of(config: Config, problem: Problem) -> vd.Objective:
 def run(config: Config) -> dict:
     """Train a mixture both ways, judge and picture it; returns the content of `result.json`."""
     with runs.refusing():
+        runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
     console = runs.console
@@ -201,7 +202,7 @@ def run(config: Config) -> dict:
 
 
 def _judge(
-    config: Config, problem: Problem, exact: vd.models.gmm.GMM, key: Key, params: Params, label: str
+    config: Config, problem: Problem, exact: vd.GMM, key: Key, params: Params, label: str
 ) -> evaluate.Summary:
     """Average log p(x) over the test data: exact for points, over dequantisation noise for levels."""
     if not problem.levels:
@@ -221,7 +222,7 @@ def _judge(
 def show(
     config: Config,
     problem: Problem,
-    exact: vd.models.gmm.GMM,
+    exact: vd.GMM,
     directory: Path,
     params: Params,
     history: np.ndarray,
@@ -280,9 +281,6 @@ def show(
     if problem.levels:
         bits = metrics["bits_per_dim"]["value"]
         tiles.append(report.Tile("bits/dim", bits, note=f"{problem.train.shape[1]} dimensions"))
-    tiles.append(
-        report.Tile("training", format_seconds(result["seconds"]["training"]), note=result["device"])
-    )
     return report.write_page(
         directory,
         title=f"Gaussian mixture on {Path(config.data).stem}",

@@ -118,11 +118,29 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
     except Stopped as stop:
         errors.print(f"[bold yellow]stopped[/] {_plain(stop)}")
         return 128 + stop.number
+    except KeyboardInterrupt:
+        errors.print("[bold yellow]stopped[/] the same command goes on from the last checkpoint")
+        return 130
     return 0
 
 
 def _plain(error: Exception) -> str:
     return str(error).replace("[", r"\[")
+
+
+def check_settings(config: RunConfig) -> None:
+    """Refuse numbers that cannot be, before any work is done.
+
+    Raises:
+        ValueError: if a count is less than one (a few may be zero), or a rate is out of its range.
+    """
+    may_be_zero = {"seed", "warmup_steps", "encoder_hidden"}
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
+        if isinstance(value, int) and value < least:
+            raise ValueError(f"{field.name}: got {value}, expected at least {least}")
+    if not (config.learning_rate > 0 and np.isfinite(config.learning_rate)):
+        raise ValueError(f"learning_rate: got {config.learning_rate}, expected a positive number, e.g. 1e-3")
 
 
 def open_run(config: RunConfig) -> Path:
@@ -193,7 +211,7 @@ def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
 def train(
     config: RunConfig,
     directory: Path,
-    model: vd.Model,
+    model: vd.ModelLike,
     objective: vd.Objective | vd.Scheduled,
     images: np.ndarray,
     *,

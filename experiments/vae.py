@@ -173,6 +173,7 @@ def objective_of(config: Config, problem: Problem) -> vd.Scheduled:
 def run(config: Config) -> dict:
     """Train, judge and picture a VAE; returns the content of `result.json`."""
     with runs.refusing():
+        runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
     console = runs.console

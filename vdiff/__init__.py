@@ -18,13 +18,16 @@ from vdiff.estimators.score_function import leave_one_out as leave_one_out
 from vdiff.estimators.score_function import no_baseline as no_baseline
 from vdiff.estimators.score_function import score_function as score_function
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
+from vdiff.models.covariance import diagonal_covariance as diagonal_covariance
+from vdiff.models.covariance import full_covariance as full_covariance
+from vdiff.models.covariance import shared_covariance as shared_covariance
 from vdiff.models.dequantized import dequantized as dequantized
+from vdiff.models.em import em_step as em_step
 from vdiff.models.em import fit_em as fit_em
+from vdiff.models.em import kmeans_plus_plus as kmeans_plus_plus
+from vdiff.models.gmm import GMM as GMM
 from vdiff.models.gmm import collapsed as collapsed
-from vdiff.models.gmm import diagonal_covariance as diagonal_covariance
-from vdiff.models.gmm import full_covariance as full_covariance
 from vdiff.models.gmm import gmm as gmm
-from vdiff.models.gmm import shared_covariance as shared_covariance
 from vdiff.models.vae import VAE as VAE
 from vdiff.models.vae import vae as vae
 from vdiff.objectives import Scheduled as Scheduled
@@ -52,6 +55,7 @@ from vdiff.train.step import per_example as per_example
 from vdiff.types import Likelihood as Likelihood
 from vdiff.types import LogProb as LogProb
 from vdiff.types import Model as Model
+from vdiff.types import ModelLike as ModelLike
 from vdiff.types import Network as Network
 from vdiff.types import Objective as Objective
 from vdiff.types import Params as Params

@@ -96,6 +96,7 @@ def discretized_logistic(levels: int) -> Likelihood:
     def mean(out: Array) -> Array:
         # E[x] = sum over k >= 1 of P(x >= k), and x >= k above the lower edge of bin k.
         edges = (2.0 * jnp.arange(1, levels, dtype=out.dtype) - 1.0) / (levels - 1) - 1.0
+        edges = edges.reshape((1,) * (out.ndim - 1) + edges.shape)
         return jnp.sum(jax.nn.sigmoid((out[..., :1] - edges) * jnp.exp(-out[..., 1:])), axis=-1)
 
     return Likelihood(

@@ -11,7 +11,7 @@ entropy that is "+ H(q)"; the ELBO above is what the code computes.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +148,34 @@ class Model(NamedTuple):
         log_weight = self.log_joint(params, x, z) - log_q
         score = stop_gradient(log_weight) * log_q
         return log_weight + (score - stop_gradient(score))
+
+
+@runtime_checkable
+class ModelLike(Protocol):
+    """Describe what estimators and evaluators read: the fields of `Model`, whatever record holds them.
+
+    A family with functions of its own, such as `VAE` or `GMM`, is a NamedTuple with these fields first.
+    """
+
+    @property
+    def init(self) -> Callable[[Key], Params]: ...  # noqa: D102
+
+    @property
+    def log_joint(self) -> Callable[[Params, PyTree, PyTree], Array]: ...  # noqa: D102
+
+    @property
+    def log_q(self) -> Callable[[Params, PyTree, PyTree], Array]: ...  # noqa: D102
+
+    @property
+    def sample_q(self) -> Callable[[Key, Params, PyTree], PyTree]: ...  # noqa: D102
+
+    @property
+    def sample(self) -> Callable[[Key, Params], tuple[PyTree, PyTree]]: ...  # noqa: D102
+
+    @property
+    def elbo_terms(self) -> Objective | None: ...  # noqa: D102
+
+    def elbo_estimate(self, key: Key, params: Params, x: PyTree) -> Float[Array, ""]: ...  # noqa: D102
 
 
 def check_key(key: Key) -> Key:

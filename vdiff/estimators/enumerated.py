@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from vdiff.estimators.log_weights import log_joints, log_qs
-from vdiff.types import Key, Model, Objective, Params, PyTree, Terms
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms
 
 
-def enumerated(model: Model, support: PyTree) -> Objective:
+def enumerated(model: ModelLike, support: PyTree) -> Objective:
     """Compute the ELBO exactly by visiting every value of z.
 
     Value: the ELBO, not an estimate. Gradient: exact. The key is not used. A value of z that q never takes
@@ -34,8 +34,8 @@ def enumerated(model: Model, support: PyTree) -> Objective:
         )
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        log_q = log_qs(model, params, x, support)
-        log_weights = log_joints(model, params, x, support) - log_q
+        log_q = log_qs(model, params, x, support, sizes[0])
+        log_weights = log_joints(model, params, x, support, sizes[0]) - log_q
         return {"elbo": jnp.sum(_times_exp(log_weights, log_q))}
 
     return objective

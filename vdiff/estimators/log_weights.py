@@ -3,10 +3,10 @@
 import jax
 from jaxtyping import Array, Float
 
-from vdiff.types import Key, Model, Params, PyTree, check_key
+from vdiff.types import Key, ModelLike, Params, PyTree, check_key
 
 
-def draw(model: Model, key: Key, params: Params, x: PyTree, num_samples: int) -> PyTree:
+def draw(model: ModelLike, key: Key, params: Params, x: PyTree, num_samples: int) -> PyTree:
     """Draw z_1..z_K of q(z | x); the encoder, which does not see the key, runs once.
 
     Returns:
@@ -16,14 +16,16 @@ def draw(model: Model, key: Key, params: Params, x: PyTree, num_samples: int) ->
     return jax.vmap(model.sample_q, in_axes=(0, None, None))(keys, params, x)
 
 
-def log_joints(model: Model, params: Params, x: PyTree, z: PyTree) -> Float[Array, " K"]:
-    """Evaluate log p(x, z_k) at K draws, nats."""
-    return jax.vmap(model.log_joint, in_axes=(None, None, 0))(params, x, z)
+def log_joints(
+    model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int
+) -> Float[Array, " K"]:
+    """Evaluate log p(x, z_k) at K draws, nats; K is told, since a model without a latent has z = ()."""
+    return jax.vmap(model.log_joint, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
 
 
-def log_qs(model: Model, params: Params, x: PyTree, z: PyTree) -> Float[Array, " K"]:
+def log_qs(model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int) -> Float[Array, " K"]:
     """Evaluate log q(z_k | x) at K draws, nats."""
-    return jax.vmap(model.log_q, in_axes=(None, None, 0))(params, x, z)
+    return jax.vmap(model.log_q, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
 
 
 def check_num_samples(num_samples: int) -> None:

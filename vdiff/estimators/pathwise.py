@@ -21,10 +21,10 @@ from jaxtyping import Array
 
 from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, Model, Objective, Params, PyTree, Terms, is_discrete
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete
 
 
-def pathwise(model: Model, bound: Bound = elbo, num_samples: int = 1) -> Objective:
+def pathwise(model: ModelLike, bound: Bound = elbo, num_samples: int = 1) -> Objective:
     """Estimate a bound from K reparametrized draws and differentiate it through them.
 
     Value: bound(l), l_k = log p(x, z_k) - log q(z_k | x). Gradient: unbiased for theta, phi and lambda.
@@ -47,13 +47,13 @@ def pathwise(model: Model, bound: Bound = elbo, num_samples: int = 1) -> Objecti
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
         z = _check_continuous(draw(model, key, params, x, num_samples), "pathwise")
-        log_weights = log_joints(model, params, x, z) - log_qs(model, params, x, z)
+        log_weights = log_joints(model, params, x, z, num_samples) - log_qs(model, params, x, z, num_samples)
         return {bound.__name__: bound(log_weights)}
 
     return objective
 
 
-def doubly_reparameterized(model: Model, bound: Bound = elbo, num_samples: int = 1) -> Objective:
+def doubly_reparameterized(model: ModelLike, bound: Bound = elbo, num_samples: int = 1) -> Objective:
     """Estimate a bound like `pathwise`, with the doubly reparametrized gradient for lambda.
 
     Value: bound(l), the same as `pathwise` on the same key. Gradient: unbiased for theta, phi and lambda;
@@ -82,7 +82,7 @@ def doubly_reparameterized(model: Model, bound: Bound = elbo, num_samples: int =
         fixed = stop_gradient(params)
 
         def log_weights_at(z: PyTree) -> Array:
-            return log_joints(model, params, x, z) - log_qs(model, fixed, x, z)
+            return log_joints(model, params, x, z, num_samples) - log_qs(model, fixed, x, z, num_samples)
 
         # The same values twice: the compiler keeps one forward pass.
         log_weights = stop_gradient(log_weights_at(z))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, Model, Objective, Params, PyTree, Terms
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms
 
 Baseline = Callable[[Bound, Float[Array, " K"]], Float[Array, " K"]]
 """`(bound, log_weights [K]) -> b [K]`, where b_k must not depend on l_k."""
@@ -44,7 +44,7 @@ def no_baseline(bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, "
 
 
 def score_function(
-    model: Model, bound: Bound = elbo, num_samples: int = 2, *, baseline: Baseline = leave_one_out
+    model: ModelLike, bound: Bound = elbo, num_samples: int = 2, *, baseline: Baseline = leave_one_out
 ) -> Objective:
     """Estimate a bound from K draws and its gradient by their scores.
 
@@ -74,8 +74,8 @@ def score_function(
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
         z = stop_gradient(draw(model, key, params, x, num_samples))
-        log_q = log_qs(model, params, x, z)
-        log_weights = log_joints(model, params, x, z) - log_q
+        log_q = log_qs(model, params, x, z, num_samples)
+        log_weights = log_joints(model, params, x, z, num_samples) - log_q
         value = bound(log_weights)
         fixed = stop_gradient(log_weights)
         score = jnp.sum(stop_gradient(value - baseline(bound, fixed)) * log_q)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, LogProb, Model, Params, PyTree, check_key
+from vdiff.types import Key, LogProb, ModelLike, Params, PyTree, check_key
 
 
 class _Sums(NamedTuple):
@@ -28,7 +28,7 @@ class _Sums(NamedTuple):
 
 
 def importance_log_prob(
-    model: Model, num_samples: int, chunk_size: int = 100
+    model: ModelLike, num_samples: int, chunk_size: int = 100
 ) -> Callable[[Key, Params, PyTree], LogProb]:
     """Build the importance-sampling estimate of log p(x).
 
@@ -56,7 +56,7 @@ def importance_log_prob(
 
         def add_chunk(sums: _Sums, i: Array) -> tuple[_Sums, None]:
             z = draw(model, jax.random.fold_in(key, i), params, x, chunk_size)
-            log_w = log_joints(model, params, x, z) - log_qs(model, params, x, z)
+            log_w = log_joints(model, params, x, z, chunk_size) - log_qs(model, params, x, z, chunk_size)
             log_w = jnp.where(i * chunk_size + jnp.arange(chunk_size) < num_samples, log_w, -jnp.inf)
             top = jnp.maximum(sums.top, jnp.max(log_w))
             # Where every weight so far is zero, top is -inf and differences to it are undefined.

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vdiff.types import Key, Model, Params, PyTree, Terms, check_key
+from vdiff.types import Key, Model, ModelLike, Params, PyTree, Terms, check_key
 
 
-def dequantized(model: Model, levels: int) -> Model:
+def dequantized(model: ModelLike, levels: int) -> Model:
     """Turn a model of y in [0, 1)^d into a model of integer levels.
 
     Args:

@@ -36,7 +36,8 @@ from jax.lax import Precision
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
-from vdiff.models.gmm import GMM, component_log_prob
+from vdiff.models.covariance import component_log_prob
+from vdiff.models.gmm import GMM
 from vdiff.types import Key, Params, check_key
 
 _EMPTY = 1e-20

@@ -23,7 +23,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vdiff.densities import normal_entropy, normal_kl, normal_log_prob, standard_normal_log_prob
-from vdiff.types import Key, Likelihood, Model, Network, Objective, Params, PyTree, Terms, check_key
+from vdiff.types import (
+    Key,
+    Likelihood,
+    Model,
+    ModelLike,
+    Network,
+    Objective,
+    Params,
+    PyTree,
+    Terms,
+    check_key,
+)
 
 
 class VAE(NamedTuple):
@@ -58,7 +69,7 @@ def vae(
     *,
     latent_dim: int,
     likelihood: Likelihood,
-    prior: Model | None = None,
+    prior: ModelLike | None = None,
 ) -> VAE:
     """Build a variational autoencoder.
 
@@ -142,7 +153,7 @@ def vae(
 
 
 def _with_prior(
-    base: VAE, prior: Model, posterior: Callable, log_likelihood: Callable, sample_x: Callable
+    base: VAE, prior: ModelLike, posterior: Callable, log_likelihood: Callable, sample_x: Callable
 ) -> VAE:
     """Replace N(0, I) by a `Model` of z; the latent becomes the pair (z, u)."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from vdiff.nets.adapters import from_linen
@@ -34,7 +35,7 @@ def mlp(
     *,
     hidden: Sequence[int] = (512, 512),
     activation: Callable[[Array], Array] = jax.nn.gelu,
-    out_bias: float | Array = 0.0,
+    out_bias: ArrayLike = 0.0,
 ) -> Network:
     """Build a perceptron from an array of one shape to an array of another.
 

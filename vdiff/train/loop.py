@@ -75,7 +75,7 @@ def fit(
 
     done = int(state.step)
     on_device: list[tuple[int, Metrics]] = []
-    since_call: list[list[tuple[int, Metrics]]] = [[] for _ in hooks]
+    since_call: list[list[tuple[int, dict[str, float]]]] = [[] for _ in hooks]
     is_last = done >= num_steps
     while not is_last:
         ends = [done - done % hook.every + hook.every for hook in hooks]
@@ -88,7 +88,8 @@ def fit(
         due = [i for i, hook in enumerate(hooks) if is_last or done % hook.every == 0]
         if not due:
             continue
-        fetched, on_device = jax.device_get(on_device), []
+        fetched = [(n, jax.tree.map(float, metrics)) for n, metrics in jax.device_get(on_device)]
+        on_device = []
         for pending in since_call:
             pending.extend(fetched)
         more: dict[str, float] = {}
@@ -143,8 +144,8 @@ def _stack(batches: list[PyTree], length: int) -> PyTree:
     return jax.tree.map(stack, *batches)
 
 
-def _mean(pending: list[tuple[int, Metrics]]) -> dict[str, float]:
+def _mean(pending: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
     """Average metrics of several calls, each weighted by its number of steps."""
     total = sum(count for count, _ in pending)
     names = pending[0][1] if pending else ()
-    return {name: sum(count * float(metrics[name]) for count, metrics in pending) / total for name in names}
+    return {name: sum(count * metrics[name] for count, metrics in pending) / total for name in names}

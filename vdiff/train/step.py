@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from vdiff.objectives import Scheduled, sum_terms
-from vdiff.types import Key, Model, Objective, Params, PyTree, Terms, check_key
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, check_key
 
 Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[["TrainState", PyTree], tuple["TrainState", Metrics]]
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
     aux: PyTree = ()
 
 
-def init_state(key: Key, model: Model, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(key: Key, model: ModelLike, optimizer: optax.GradientTransformation) -> TrainState:
     """Start a run.
 
     Args:
@@ -75,7 +75,7 @@ def per_example(objective: Objective) -> Callable[..., tuple[Terms, PyTree]]:
 
     def lifted(
         key: Key, params: Params, batch: PyTree, positions: Int[Array, " B"], aux: PyTree
-    ) -> tuple[Terms, PyTree]:
+    ) -> tuple[dict[str, Float[Array, " B"]], PyTree]:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
         return jax.vmap(objective, in_axes=(0, None, 0))(keys, params, batch), aux
 
@@ -127,7 +127,9 @@ def make_train_step(
 
         (negative, (terms, aux)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads = _mean_over_devices(grads, axis_name)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        # Optax's own arithmetic mixes dtypes; that is none of a strict user's business.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         time = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1.0 + time) / (10.0 + time))

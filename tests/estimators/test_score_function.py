@@ -1,0 +1,185 @@
+"""Score-function gradients against exact ones, with discrete and continuous latents, and their baselines."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vdiff as vd
+from tests import toys
+
+BOUNDS = {1.0: vd.elbo, 0.0: vd.iwae, 0.5: vd.renyi(0.5), 2.0: vd.renyi(2.0)}
+every_bound = pytest.mark.parametrize("alpha", BOUNDS)
+
+
+@functools.cache
+def exact(name, num_samples):
+    return toys.exact_expectations(toys.toy(name), num_samples)
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "linear2"])
+@every_bound
+@pytest.mark.parametrize("num_samples", [2, 5])
+def test_the_value_is_the_bound(name, alpha, num_samples):
+    """Never a surrogate: to 1e-6 the bound of the log-weights of the same draws."""
+    toy = toys.toy(name)
+    objective = jax.jit(vd.score_function(toy.model, BOUNDS[alpha], num_samples))
+    for seed, x in enumerate(jnp.asarray(toy.data)):
+        key = jax.random.key(seed)
+        terms = objective(key, toy.params, x)
+        assert list(terms) == [BOUNDS[alpha].__name__]
+        log_weights = toys.log_weights(toy.model, key, toy.params, x, num_samples)
+        (value,) = terms.values()
+        assert float(value) == pytest.approx(toys.numpy_bound(alpha, log_weights), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bernoulli", "linear"])
+@pytest.mark.parametrize("num_samples", [2, 5, 8])
+def test_gradients_are_unbiased(name, num_samples):
+    """Theta, phi and lambda, batch of 3, against enumeration or quadrature of each bound."""
+    toy = toys.toy(name)
+    objectives = {alpha: vd.score_function(toy.model, bound, num_samples) for alpha, bound in BOUNDS.items()}
+    num_draws = 140_000 if name == "linear" else 60_000
+    runs = toys.gradient_draws(objectives, toy.params, toy.data, num_draws, seed=num_samples)
+    for alpha, (values, draws) in runs.items():
+        value, gradient = exact(name, num_samples)[alpha]
+        assert toys.z_scores(values[:, None], value) < 5.0, alpha
+        toys.check_unbiased(draws, gradient)
+
+
+def test_weights_shared_between_p_and_q():
+    toy = toys.toy("shared")
+    objectives = {alpha: vd.score_function(toy.model, bound, 3) for alpha, bound in BOUNDS.items()}
+    runs = toys.gradient_draws(objectives, toy.params, toy.data, 120_000)
+    for alpha, (values, draws) in runs.items():
+        value, gradient = exact("shared", 3)[alpha]
+        assert toys.z_scores(values[:, None], value) < 5.0, alpha
+        toys.check_unbiased(draws, gradient)
+
+
+@pytest.mark.parametrize("num_samples", [1, 5])
+def test_no_baseline_is_unbiased(num_samples):
+    """Also with one draw, where leave-one-out has no other."""
+    toy = toys.toy("bernoulli")
+    objectives = {
+        alpha: vd.score_function(toy.model, bound, num_samples, baseline=vd.no_baseline)
+        for alpha, bound in BOUNDS.items()
+    }
+    runs = toys.gradient_draws(objectives, toy.params, toy.data, 400_000)
+    for alpha, (_, draws) in runs.items():
+        toys.check_unbiased(draws, exact("bernoulli", num_samples)[alpha][1])
+
+
+@every_bound
+def test_leave_one_out_lowers_the_variance(alpha):
+    """Measured: to less than half of no_baseline's on this model, at K = 5."""
+    toy = toys.toy("bernoulli")
+    objectives = {
+        name: vd.score_function(toy.model, BOUNDS[alpha], 5, baseline=getattr(vd, name))
+        for name in ("leave_one_out", "no_baseline")
+    }
+    runs = toys.gradient_draws(objectives, toy.params, toy.data, 4_000)
+    assert toys.variance(runs["leave_one_out"][1], "lam") < 0.5 * toys.variance(runs["no_baseline"][1], "lam")
+
+
+def test_a_baseline_of_ones_own():
+    """Any b_k that ignores draw k: a constant is unbiased as well."""
+    toy = toys.toy("bernoulli")
+    objective = vd.score_function(toy.model, vd.iwae, 2, baseline=lambda bound, l: jnp.full_like(l, -4.0))
+    _, draws = toys.gradient_draws({"iwae": objective}, toy.params, toy.data, 100_000)["iwae"]
+    toys.check_unbiased(draws, exact("bernoulli", 2)[0.0][1])
+
+
+@every_bound
+@pytest.mark.parametrize("num_samples", [2, 5])
+def test_leave_one_out_is_its_formula(alpha, num_samples):
+    """b_k = bound(.., mean of the others in place of l_k, ..), in a NumPy loop."""
+    log_weights = np.random.default_rng(0).normal(-4, 3, size=num_samples).astype(np.float32)
+    expected = []
+    for k in range(num_samples):
+        replaced = log_weights.astype(float)
+        replaced[k] = np.mean(np.delete(replaced, k))
+        expected.append(toys.numpy_bound(alpha, replaced))
+    got = vd.leave_one_out(BOUNDS[alpha], jnp.asarray(log_weights))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@every_bound
+def test_a_baseline_does_not_see_its_own_draw(alpha):
+    """The Jacobian of b_k by l_k is zero, by the others it is not."""
+    log_weights = jnp.array([-1.0, -3.0, 0.5, -2.0])
+    jacobian = np.asarray(jax.jacrev(lambda l: vd.leave_one_out(BOUNDS[alpha], l))(log_weights))
+    assert np.max(np.abs(np.diag(jacobian))) < 1e-6
+    np.testing.assert_allclose(jacobian.sum(axis=1), 1.0, rtol=1e-5)
+
+
+def test_leave_one_out_for_elbo_is_rloo():
+    """bound - b_k = (l_k - mean of the others) / K."""
+    log_weights = jnp.array([-1.0, -3.0, 0.5, -2.0])
+    advantage = vd.elbo(log_weights) - vd.leave_one_out(vd.elbo, log_weights)
+    others = [np.mean(np.delete(np.asarray(log_weights), k)) for k in range(4)]
+    np.testing.assert_allclose(advantage, (np.asarray(log_weights) - others) / 4, rtol=1e-5)
+
+
+def test_one_draw_of_the_gradient_is_the_formula():
+    """sum_k w_k d l_k + sum_k (bound - b_k) d log q_k at fixed z, for iwae (VIMCO)."""
+    toy, num_samples, key = toys.toy("bernoulli"), 3, jax.random.key(2)
+    x = jnp.asarray(toy.data[0])
+    objective = vd.score_function(toy.model, vd.iwae, num_samples)
+    got = jax.grad(vd.total(objective), argnums=1)(key, toy.params, x)
+    z = [toy.model.sample_q(k, toy.params, x) for k in jax.random.split(key, num_samples)]
+    l = np.array([toy.model.log_joint(toy.params, x, v) - toy.model.log_q(toy.params, x, v) for v in z], float)
+    value = toys.numpy_bound(0.0, l)
+    w = np.exp(l - value) / num_samples
+    expected = 0.0
+    for k, v in enumerate(z):
+        replaced = l.copy()
+        replaced[k] = np.mean(np.delete(l, k))
+        advantage = value - toys.numpy_bound(0.0, replaced)
+        of_p = toys.flat_single(jax.grad(toy.model.log_joint)(toy.params, x, v))
+        of_q = toys.flat_single(jax.grad(toy.model.log_q)(toy.params, x, v))
+        expected = expected + w[k] * (of_p - of_q) + advantage * of_q
+    np.testing.assert_allclose(toys.flat_single(got), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_gradient_goes_through_the_draw(key):
+    """On a model whose draw can be differentiated, the gradient is that of the score alone."""
+    toy = toys.toy("linear2")
+    x = jnp.asarray(toy.data[0])
+    stopped = toy.model._replace(sample_q=lambda k, p, x: jax.lax.stop_gradient(toy.model.sample_q(k, p, x)))
+    one, other = (
+        jax.grad(vd.total(vd.score_function(model, vd.iwae, 3)), argnums=1)(key, toy.params, x)
+        for model in (toy.model, stopped)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_traces_once():
+    traces = []
+    toy = toys.toy("bernoulli")
+
+    def log_joint(params, x, z):
+        traces.append(z.shape)
+        return toy.model.log_joint(params, x, z)
+
+    objective = vd.score_function(toy.model._replace(log_joint=log_joint), vd.iwae, 8)
+    step = jax.jit(jax.value_and_grad(vd.total(objective), argnums=1))
+    for seed in range(3):
+        step(jax.random.key(seed), jax.tree.map(lambda leaf: leaf + seed, toy.params), jnp.asarray(toy.data[seed]))
+    assert len(traces) == 1 and step._cache_size() == 1
+
+
+def test_leave_one_out_needs_two_draws():
+    toy = toys.toy("bernoulli")
+    with pytest.raises(ValueError, match="num_samples: got 1, expected at least 2 .* pass baseline=no_baseline"):
+        vd.score_function(toy.model, vd.elbo, 1)
+    vd.score_function(toy.model, vd.elbo, 1, baseline=vd.no_baseline)
+
+
+def test_raw_keys_are_refused():
+    toy = toys.toy("bernoulli")
+    with pytest.raises(TypeError, match="expected a typed key"):
+        vd.score_function(toy.model)(jax.random.PRNGKey(0), toy.params, jnp.asarray(toy.data[0]))

@@ -1,0 +1,15 @@
+"""The demo: one table and one page over all families."""
+
+import dataclasses
+
+from experiments import demo
+
+
+def test_the_demo_writes_one_page_that_links_every_run(tmp_path, capsys):
+    page = demo.run(dataclasses.replace(demo.PRESETS["smoke"][1], run_dir=tmp_path / "demo"))
+    text = page.read_text()
+    for name in ("gmm", "vae"):
+        assert f'href="{name}/report.html"' in text
+        assert (page.parent / name / "report.html").exists()
+    printed = capsys.readouterr().out
+    assert "Gaussian mixture" in printed and "VAE" in printed and "nats per datum" in printed

@@ -1,0 +1,217 @@
+"""A run directory belongs to one run; every kind of bad input is refused in one line with exit code 2."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import vdiff as vd
+from experiments import gmm, runs, vae
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.RunConfig):
+    width: int = 3
+
+
+def tiny(directory, **changes):
+    settings = {"hidden": (8,), "latent_dim": 2, "num_steps": 4, "eval_samples": 3, "eval_images": 20}
+    settings |= {"run_dir": directory, "log_every": 2, "checkpoint_every": 2, "likelihood": "logistic"}
+    return vae.Config(**(settings | changes))
+
+
+def files(directory):
+    return {str(p): p.read_bytes() for p in sorted(Path(directory).rglob("*")) if p.is_file()}
+
+
+def refused(config, capsys, experiment=vae.run):
+    """Run, expect exit code 2, and return the one line it printed."""
+    assert runs.exit_code(experiment, config) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("refused ")
+    return lines[0]
+
+
+def test_open_run_writes_the_settings_and_finds_them_again(tmp_path):
+    config = Config(run_dir=tmp_path / "run")
+    assert runs.open_run(config) == tmp_path / "run"
+    assert json.loads((tmp_path / "run/config.json").read_text())["width"] == 3
+    assert runs.open_run(config) == tmp_path / "run"
+
+
+def test_open_run_refuses_another_run_and_names_what_differs(tmp_path):
+    runs.open_run(Config(run_dir=tmp_path / "run"))
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"holds another run \(width 3 -> 4\).*--run-dir"):
+        runs.open_run(Config(run_dir=tmp_path / "run", width=4))
+    assert files(tmp_path) == before
+
+
+def test_open_run_refuses_a_folder_of_other_files(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds files but no run"):
+        runs.open_run(Config(run_dir=tmp_path))
+    assert files(tmp_path) == {str(tmp_path / "thesis.tex"): b"precious"}
+
+
+def test_open_run_obeys_resume(tmp_path):
+    with pytest.raises(ValueError, match="got must, but .* holds no run"):
+        runs.open_run(Config(run_dir=tmp_path / "run", resume="must"))
+    runs.open_run(Config(run_dir=tmp_path / "run", resume="never"))
+    with pytest.raises(ValueError, match="got never, but .* holds a run"):
+        runs.open_run(Config(run_dir=tmp_path / "run", resume="never"))
+    runs.open_run(Config(run_dir=tmp_path / "run", resume="must"))
+
+
+def test_open_run_refuses_a_damaged_record(tmp_path):
+    runs.open_run(Config(run_dir=tmp_path / "run"))
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: got a damaged file, expected JSON"):
+        runs.open_run(Config(run_dir=tmp_path / "run"))
+
+
+def test_check_settings():
+    runs.check_settings(Config(seed=0))
+    for changes, line in [
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"width": -1}, "width: got -1"),
+        ({"seed": -1}, "seed: got -1, expected at least 0"),
+        ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+    ]:
+        with pytest.raises(ValueError, match=line):
+            runs.check_settings(Config(**changes))
+
+
+def test_digest_sees_names_shapes_and_bits():
+    a = vd.Params(theta={"w": np.ones((2, 3), np.float32)})
+    same = vd.Params(theta={"w": np.ones((2, 3), np.float32)})
+    others = [
+        vd.Params(phi={"w": np.ones((2, 3), np.float32)}),
+        vd.Params(theta={"v": np.ones((2, 3), np.float32)}),
+        vd.Params(theta={"w": np.ones((3, 2), np.float32)}),
+        vd.Params(theta={"w": np.nextafter(np.ones((2, 3), np.float32), np.float32(2))}),
+    ]
+    assert runs.digest(a) == runs.digest(same)
+    assert len({runs.digest(p) for p in [a, *others]}) == 5
+
+
+def _save(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 6, 6), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda d: "nonsense", "data set: got 'nonsense', expected one of digits, mnist"),
+        (lambda d: str(d / "absent.npz"), "absent.npz"),
+        (lambda d: _save(d / "a.npz", train=IMAGES[0]), "shape"),
+        (lambda d: _save(d / "a.npz", train=IMAGES.astype(np.complex64)), "complex64"),
+        (lambda d: _save(d / "a.npz", train=np.where(IMAGES == IMAGES[3, 2, 1], np.nan, 0.5)), "got nan"),
+        (lambda d: _save(d / "a.npz", train=IMAGES.astype(np.int32) + 1), "got 256"),
+    ],
+)
+def test_bad_data_is_refused(make, line, tmp_path, capsys):
+    assert line in refused(tiny(tmp_path / "run", data=make(tmp_path)), capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_data_file_is_refused(tmp_path, capsys):
+    path = Path(_save(tmp_path / "a.npz", train=IMAGES))
+    path.write_bytes(path.read_bytes()[:200])
+    before = path.read_bytes()
+    assert "a.npz" in refused(tiny(tmp_path / "run", data=str(path)), capsys)
+    assert path.read_bytes() == before
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path, capsys):
+    assert "latent_dim: got 0" in refused(tiny(tmp_path / "run", latent_dim=0), capsys)
+    assert "eval_images: got 0" in refused(tiny(tmp_path / "run", eval_images=0), capsys)
+    config = dataclasses.replace(gmm.PRESETS["smoke"][1], run_dir=tmp_path / "run", num_components=0)
+    assert "num_components: got 0" in refused(config, capsys, gmm.run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_is_refused_and_kept(tmp_path, capsys):
+    assert runs.exit_code(vae.run, tiny(tmp_path / "run")) == 0
+    capsys.readouterr()
+    before = files(tmp_path)
+    assert "holds another run (seed 0 -> 1)" in refused(tiny(tmp_path / "run", seed=1), capsys)
+    assert files(tmp_path) == before
+
+
+def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path, capsys):
+    assert runs.exit_code(vae.run, tiny(tmp_path / "run")) == 0
+    capsys.readouterr()
+    largest = max((tmp_path / "run/checkpoints/4").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    before = files(tmp_path)
+    line = refused(tiny(tmp_path / "run"), capsys)
+    assert "checkpoints/4: got unreadable files" in line
+    assert "move this folder away" in line
+    assert files(tmp_path) == before
+
+
+def test_divergence_ends_with_code_3(tmp_path, capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        assert runs.exit_code(vae.run, tiny(tmp_path / "run", learning_rate=1e30, num_steps=20)) == 3
+    assert "diverged step" in capsys.readouterr().err
+
+
+def test_unknown_flags_and_presets_exit_with_code_2():
+    for arguments in (
+        ["digits", "--no-such-flag", "1"],
+        ["no_such_preset"],
+        ["digits", "--parallel", "magic"],
+    ):
+        command = [sys.executable, "-m", "experiments.vae", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2
+        assert arguments[-2 if len(arguments) > 1 else -1].strip("-") in (done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, tmp_path):
+    def command(directory):
+        flags = ["--num-steps", "600", "--log-every", "5", "--checkpoint-every", "100000"]
+        flags += ["--hidden", "16", "--eval-samples", "2", "--eval-images", "20", "--run-dir", str(directory)]
+        return [sys.executable, "-m", "experiments.vae", "smoke", *flags]
+
+    process = subprocess.Popen(command(tmp_path / "a"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    rows = tmp_path / "a/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (rows.exists() and rows.read_text().count("\n") > 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + number
+    assert "stopped" in stderr
+    step = vd.latest_step(tmp_path / "a/checkpoints")
+    assert 0 < step < 600
+
+    for directory in ("a", "b"):
+        done = subprocess.run(
+            command(tmp_path / directory), cwd=ROOT, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr
+    resumed, straight = (json.loads((tmp_path / d / "result.json").read_text()) for d in ("a", "b"))
+    assert resumed["params_digest"] == straight["params_digest"]
+    assert resumed["metrics"] == straight["metrics"]
+    steps = [json.loads(line)["step"] for line in rows.read_text().splitlines()]
+    assert steps == sorted(set(steps))

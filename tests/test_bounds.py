@@ -1,0 +1,161 @@
+"""The bounds against NumPy in float64, their limits, and the model whose log p(x) is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+import vdiff as vd
+from tests import toys
+
+ALPHAS = (-3.0, -0.5, 0.0, 0.3, 0.5, 0.9, 0.999, 1.0, 1.001, 1.1, 2.0, 5.0)
+NAMED = {"elbo": vd.elbo, "iwae": vd.iwae} | {f"renyi({a})": vd.renyi(a) for a in ALPHAS}
+
+
+def weights(seed, num_samples, spread, centre=-40.0):
+    """Log-weights of a given standard deviation."""
+    rng = np.random.default_rng(seed)
+    return (centre + spread * rng.normal(size=num_samples)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("num_samples", [1, 2, 7])
+@pytest.mark.parametrize("constant", [-80.0, 0.0, 3.25, 1e4])
+def test_equal_weights_give_that_weight(name, num_samples, constant):
+    bound = NAMED[name](jnp.full(num_samples, constant))
+    assert bound == pytest.approx(constant, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 300])
+def test_limits(num_samples):
+    log_weights = jnp.asarray(weights(0, num_samples, 3.0, centre=-4.0))
+    assert vd.renyi(1.0)(log_weights) == vd.elbo(log_weights)
+    np.testing.assert_allclose(vd.renyi(0.0)(log_weights), vd.iwae(log_weights), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.grad(vd.renyi(0.0))(log_weights), jax.grad(vd.iwae)(log_weights), rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("alpha", [1 - 1e-6, 1 + 1e-6])
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_the_limit_at_one_is_approached_in_value_and_gradient(alpha, spread):
+    log_weights = jnp.asarray(weights(1, 9, spread, centre=-4.0))
+    assert abs(vd.renyi(alpha)(log_weights) - vd.elbo(log_weights)) < 1e-5
+    difference = jax.grad(vd.renyi(alpha))(log_weights) - jax.grad(vd.elbo)(log_weights)
+    assert np.max(np.abs(difference)) < 1e-5
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.3, 1.0, 3.0, 30.0, 1e3])
+@pytest.mark.parametrize("order", [1e-6, 1e-4, 1e-2, 0.1, 0.5, 0.9, 1.0, 3.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_renyi_is_the_formula(spread, order, sign):
+    alpha = 1.0 - sign * order
+    for seed in range(4):
+        log_weights = weights(seed, 6, spread)
+        # In float64 the plain formula loses 1e-16 / order; about the mean it does not matter here.
+        centred = np.asarray(log_weights, np.float64)
+        centre = np.mean(centred)
+        exact = centre + toys.numpy_bound(alpha, centred - centre)
+        scale = np.max(np.abs(log_weights)) + 1.0
+        bound = vd.renyi(alpha)
+        np.testing.assert_allclose(bound(jnp.asarray(log_weights)), exact, atol=1e-6 * scale, rtol=0)
+        tilted = scipy.special.softmax((1.0 - alpha) * centred)
+        # The exponents are rounded: their error is float32's, times the order, times their size.
+        slack = 1e-6 + 1.5e-7 * order * scale
+        np.testing.assert_allclose(
+            jax.grad(bound)(jnp.asarray(log_weights)), tilted, atol=slack * np.max(tilted), rtol=0
+        )
+
+
+@pytest.mark.parametrize("alpha", [0.5, 2.0])
+def test_near_and_far_branch_meet(alpha):
+    """The branch changes where |1 - alpha| max |l - mean| passes 1."""
+    for spread in (0.99, 0.999, 0.9999, 1.0001, 1.001, 1.01):
+        log_weights = np.float32(spread / abs(1 - alpha)) * np.array([-1.0, 0.2, 0.8], np.float32)
+        exact = toys.numpy_bound(alpha, log_weights)
+        np.testing.assert_allclose(vd.renyi(alpha)(jnp.asarray(log_weights)), exact, rtol=1e-5, atol=1e-7)
+        gradient = jax.grad(vd.renyi(alpha))(jnp.asarray(log_weights))
+        exact = scipy.special.softmax((1 - alpha) * np.asarray(log_weights, np.float64))
+        np.testing.assert_allclose(gradient, exact, rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["iwae", "renyi(0.5)", "renyi(0.0)", "renyi(-0.5)"])
+def test_a_weight_of_zero_counts_as_zero(name):
+    """Below alpha = 1 a draw of weight zero only lowers the mean of the powers."""
+    alpha = {"iwae": 0.0, "renyi(0.5)": 0.5, "renyi(0.0)": 0.0, "renyi(-0.5)": -0.5}[name]
+    log_weights = jnp.array([-1.0, -jnp.inf, -2.0])
+    order = 1 - alpha
+    exact = np.log(np.sum(np.exp(order * np.array([-1.0, -2.0]))) / 3) / order
+    assert NAMED[name](log_weights) == pytest.approx(exact, rel=1e-6)
+    gradient = np.append(scipy.special.softmax(order * np.array([-1.0, -2.0])), 0.0)[[0, 2, 1]]
+    np.testing.assert_allclose(jax.grad(NAMED[name])(log_weights), gradient, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["elbo", "renyi(1.1)", "renyi(2.0)"])
+def test_a_weight_of_zero_is_fatal_from_alpha_one_up(name):
+    assert NAMED[name](jnp.array([-1.0, -jnp.inf, -2.0])) == -jnp.inf
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_gradient_at_80_nats(name):
+    """The gradient is softmax((1 - alpha) l), whose sum is one, at log-weights of +-80 as well."""
+    alpha = {"elbo": 1.0, "iwae": 0.0}.get(name) if name in ("elbo", "iwae") else float(name[6:-1])
+    for log_weights in ([80.0, -80.0], [80.0, 79.0, -80.0], [-80.0, -80.0, -80.0], [80.0, 80.0]):
+        gradient = jax.grad(NAMED[name])(jnp.array(log_weights))
+        exact = scipy.special.softmax((1 - alpha) * np.array(log_weights))
+        np.testing.assert_allclose(gradient, exact, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(np.sum(gradient), 1.0, rtol=2e-6)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
+def test_bounds_fall_with_alpha(spread):
+    for seed in range(5):
+        log_weights = jnp.asarray(weights(seed, 5, spread))
+        values = [float(vd.renyi(alpha)(log_weights)) for alpha in ALPHAS]
+        slack = 1e-6 * float(jnp.max(jnp.abs(log_weights)))
+        assert all(low <= high + slack for high, low in zip(values, values[1:], strict=False)), values
+        assert values[0] > values[-1] + 1e-3 * spread
+        assert values[0] <= np.max(log_weights) + slack and values[-1] >= np.min(log_weights) - slack
+
+
+def test_bounds_do_not_depend_on_the_order_of_the_draws():
+    log_weights = weights(3, 8, 2.0)
+    for bound in NAMED.values():
+        np.testing.assert_allclose(
+            bound(jnp.asarray(log_weights)), bound(jnp.asarray(log_weights[::-1].copy())), rtol=1e-6
+        )
+
+
+def test_many_draws_reach_log_p():
+    """Log-mean-weight of 200,000 draws against log N(x; W loc + b, W W^T + s^2 I), by the delta method."""
+    toy = toys.toy("linear2")
+    model, params, data = toy.model, toy.params, toy.data
+    num_samples = 200_000
+
+    for i, x in enumerate(jnp.asarray(data)):
+        log_w = toys.log_weights(model, jax.random.key(i), params, x, num_samples)
+        exact = toys.linear_gaussian_log_prob(params, x)
+        ratio = np.exp(np.asarray(log_w, np.float64) - float(exact))
+        std_error = np.std(ratio) / np.sqrt(num_samples)
+        assert std_error < 0.01
+        assert abs(float(vd.iwae(log_w)) - float(exact)) < 5 * max(std_error, 2e-6 * abs(float(exact)))
+        # In expectation the order is elbo < renyi < iwae <= log p(x); here by a wide margin.
+        assert vd.elbo(log_w) < vd.renyi(0.5)(log_w) - 0.01 < vd.iwae(log_w) - 0.02
+
+
+def test_the_bounds_are_functions_with_names():
+    assert [b.__name__ for b in (vd.elbo, vd.iwae, vd.renyi(0.5))] == ["elbo", "iwae", "renyi"]
+
+
+def test_bounds_map_over_a_batch():
+    log_weights = np.stack([weights(seed, 4, 2.0) for seed in range(3)])
+    for bound in (vd.elbo, vd.iwae, vd.renyi(0.5)):
+        one_by_one = [bound(jnp.asarray(row)) for row in log_weights]
+        np.testing.assert_allclose(jax.jit(jax.vmap(bound))(log_weights), one_by_one, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf")])
+def test_renyi_refuses_an_infinite_order(alpha):
+    with pytest.raises(ValueError, match="alpha: got .*, expected a finite number"):
+        vd.renyi(alpha)

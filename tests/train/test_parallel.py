@@ -1,0 +1,100 @@
+"""The parallel steps on the devices that this process has, one as a rule; test_devices.py has eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vdiff as vd
+
+OPTIMIZER = optax.sgd(0.1)
+
+
+def objective(key, params, x):
+    return {"fit": -jnp.sum(jnp.square(x["y"] - params.theta + jax.random.normal(key, (3,))))}
+
+
+def start():
+    model = vd.Model(lambda key: vd.Params(theta=jnp.zeros(3)), *[None] * 4)
+    return vd.init_state(jax.random.key(4), model, OPTIMIZER)
+
+
+def build(mode):
+    plain = vd.make_train_step(objective, OPTIMIZER)
+    if mode == "plain":
+        return vd.jit_step(plain)
+    if mode == "mesh":
+        return vd.jit_step(plain, vd.data_mesh())
+    name = {"pmap": "data", "pmap other name": "devices"}[mode]
+    return vd.pmap_step(vd.make_train_step(objective, OPTIMIZER, axis_name=name), axis_name=name)
+
+
+@pytest.fixture
+def batch():
+    size = 4 * jax.device_count()
+    return {"y": np.random.default_rng(0).normal(size=(size, 3)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("mode", ["plain", "mesh", "pmap", "pmap other name"])
+def test_a_step_is_the_mean_gradient_and_takes_the_states_buffers(batch, mode):
+    state = start()
+    key_step = jax.random.fold_in(state.key, 0)
+    keys = [jax.random.fold_in(key_step, i) for i in range(len(batch["y"]))]
+    noise = np.stack([np.asarray(jax.random.normal(k, (3,)), np.float64) for k in keys])
+    grad = np.mean(2 * (batch["y"] + noise), axis=0)  # at theta = 0
+
+    new, metrics = build(mode)(state, batch)
+    np.testing.assert_allclose(new.params.theta, 0.1 * grad, rtol=2e-6)
+    np.testing.assert_allclose(float(metrics["grad_norm"]), np.linalg.norm(grad), rtol=2e-6)
+    np.testing.assert_allclose(
+        float(metrics["fit"]), -np.mean(np.sum((batch["y"] + noise) ** 2, axis=1)), rtol=2e-6
+    )
+    assert new.params.theta.shape == (3,) and new.step.shape == () and metrics["fit"].shape == ()
+    # Donated means gone: nothing is held twice. The key goes through unchanged.
+    for leaf in (state.params.theta, state.ema.theta):
+        assert leaf.is_deleted()
+        with pytest.raises(RuntimeError, match="deleted"):
+            np.asarray(leaf)
+    assert not new.params.theta.is_deleted()
+
+
+@pytest.mark.parametrize("mode", ["plain", "mesh", "pmap"])
+def test_batches_on_the_device_are_taken_too(batch, mode):
+    step = build(mode)
+    from_host, _ = step(start(), batch)
+    from_device, _ = step(start(), jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_array_equal(from_device.params.theta, from_host.params.theta)
+
+
+def test_a_sharded_batch_and_its_mesh(batch):
+    mesh = vd.data_mesh()
+    assert mesh.axis_names == ("data",) and mesh.size == jax.device_count()
+    # Auto axes: a vmap over a sharded and a whole input must not raise.
+    sharded = vd.shard_batch(batch, mesh)
+    total = jax.vmap(lambda x, w: x @ w, in_axes=(0, None))(sharded["y"], jnp.ones(3))
+    np.testing.assert_allclose(total, batch["y"].sum(axis=1), rtol=1e-5, atol=1e-6)
+    assert sharded["y"].sharding.spec == jax.sharding.PartitionSpec("data")
+    np.testing.assert_array_equal(sharded["y"], batch["y"])
+
+
+@pytest.mark.parametrize("mode", ["mesh", "pmap"])
+def test_an_empty_batch_is_refused(mode):
+    num_devices = jax.device_count()
+    with pytest.raises(ValueError, match=f"batch: got 0 data for {num_devices} devices, .* {num_devices}$"):
+        build(mode)(start(), {"y": np.zeros((0, 3), np.float32)})
+
+
+@pytest.mark.parametrize("mode", ["plain", "mesh", "pmap"])
+def test_run_takes_the_first_of_the_placed_batches(batch, mode):
+    """`run(state, place(stack), count)`: what `fit` calls; the batches after `count` are not looked at."""
+    step = build(mode)
+    stack = {"y": np.stack([batch["y"], 2 * batch["y"], np.full_like(batch["y"], np.nan)])}
+    state, metrics = step.run(start(), step.place(stack), 2)
+    single, rows = start(), []
+    for i in range(2):
+        single, row = step(single, {"y": stack["y"][i]})
+        rows.append(float(row["fit"]))
+    assert int(state.step) == 2
+    np.testing.assert_allclose(state.params.theta, single.params.theta, rtol=1e-6)
+    np.testing.assert_allclose(float(metrics["fit"]), np.mean(rows), rtol=1e-6)
