@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import runs
+from experiments import runs, training
 from vdiff import data, evaluate, nets, report
 from vdiff.types import Key, Params, Terms
 
@@ -170,16 +170,18 @@ def run(config: Config) -> dict:
         return start._replace(lam=problem.mixture.init(key).lam)
 
     watched = problem.model.elbo_terms
-    hook = runs.held_out(watched, key_watch, problem.test[:500], every=10 * config.log_every)
+    hook = training.held_out(watched, key_watch, problem.test[:500], every=10 * config.log_every)
     model = problem.model._replace(init=init)
-    state = runs.train(config, directory, model, objective_of(config, problem), problem.train, hooks=(hook,))
+    state = training.train(
+        config, directory, model, objective_of(config, problem), problem.train, hooks=(hook,)
+    )
 
     began = time.perf_counter()
     scores = {}
     for name, params in (("gradient", state.ema), ("em", by_em)):
         scores[name] = _judge(config, problem, exact, key_judge, params, f"judging {name}")
     elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, problem.test)
-    seconds = {"training": runs.training_seconds(directory), "em": em_seconds}
+    seconds = {"training": training.training_seconds(directory), "em": em_seconds}
     seconds["evaluation"] = time.perf_counter() - began
 
     bound = f"importance, K = {config.eval_samples:,}" if problem.levels else "exact"
@@ -212,7 +214,7 @@ def _judge(
         return evaluate.summarize(values)
     model = vd.dequantized(exact, problem.levels)
     log_prob = evaluate.importance_log_prob(model, config.eval_samples, chunk_size=50)
-    with runs.counting(label, len(problem.test)) as on_progress:
+    with training.counting(label, len(problem.test)) as on_progress:
         judged = evaluate.evaluate(
             log_prob, key, params, problem.test, batch_size=20, on_progress=on_progress
         )

@@ -19,13 +19,11 @@ from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-import optax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import vdiff as vd
-from vdiff.train.hooks import DivergedError, progress_bar, stop_if_diverged, tensorboard, write_metrics
+from vdiff.train.hooks import DivergedError
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -200,103 +198,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
-    """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at a norm that is rarely met."""
-    return optax.chain(
-        optax.clip_by_global_norm(200.0),
-        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps)),
-    )
-
-
-def train(
-    config: RunConfig,
-    directory: Path,
-    model: vd.ModelLike,
-    objective: vd.Objective | vd.Scheduled,
-    images: np.ndarray,
-    *,
-    hooks: tuple[vd.Hook, ...] = (),
-) -> vd.TrainState:
-    """Train a model on images, from its last checkpoint if there is one.
-
-    Args:
-        config: the settings.
-        directory: the run directory.
-        model: what is trained; only its `init` is used.
-        objective: `(key, params, x) -> Terms`, or a scheduled one.
-        images: [N, ...], the training data.
-        hooks: called before the metrics are written; what they return is written too.
-
-    Returns:
-        The trained `TrainState`.
-
-    Raises:
-        Refused: if the input does not fit, or the checkpoint cannot be read.
-        Stopped: if a signal came; the state is saved.
-        DivergedError: if the objective is no longer finite.
-    """
-    checkpoints = directory / "checkpoints"
-    with refusing():
-        optimizer = optimizer_of(config)
-        axis_name = "data" if config.parallel == "pmap" else None
-        raw_step = vd.make_train_step(objective, optimizer, ema_decay=config.ema_decay, axis_name=axis_name)
-        if config.parallel == "pmap":
-            step = vd.pmap_step(raw_step, "data")
-        else:
-            step = vd.jit_step(raw_step, vd.data_mesh() if jax.device_count() > 1 else None)
-        batches = vd.data.batches(images, config.batch_size, config.seed)
-        state = vd.init_state(jax.random.key(config.seed), model, optimizer)
-        at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
-        jax.eval_shape(
-            at_start, state.key, state.params, jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
-        )
-        if vd.latest_step(checkpoints) is not None:
-            state = vd.restore(checkpoints, state)
-        elif config.resume == "must":
-            raise ValueError(f"resume: got must, but {checkpoints} holds no checkpoint; use --resume auto")
-        step.place(batches(0)[None])
-
-    start = int(state.step)
-    if start:
-        console.print(f"resuming at step {start} of {config.num_steps}")
-    if start >= config.num_steps:
-        return state
-    with (
-        vd.stop_on_signals() as stop,
-        tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
-        progress_bar("training", config.num_steps, start=start) as bar,
-    ):
-        rows = write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every)
-        saving = vd.checkpoint_every(config.checkpoint_every, checkpoints)
-        all_hooks = (stop_if_diverged(every=config.log_every), *hooks, bar, rows, events, saving)
-        state = vd.fit(state, step, batches, config.num_steps, hooks=all_hooks, should_stop=stop)
-    if stop() and int(state.step) < config.num_steps:
-        raise Stopped(stop.number)
-    return state
-
-
-def held_out(
-    objective: vd.Objective, key: jax.Array, images: np.ndarray, *, every: int, name: str = "test_elbo"
-) -> vd.Hook:
-    """Make the hook that judges held-out images under the moving average and adds that to the metrics."""
-    evaluator = vd.total(objective)
-
-    def call(step: int, state: vd.TrainState, metrics: dict[str, float]) -> dict[str, float]:
-        values = vd.evaluate.evaluate(evaluator, key, state.ema, images, batch_size=500)
-        return {name: float(np.mean(values))}
-
-    return vd.Hook(every, call)
-
-
-@contextlib.contextmanager
-def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over work that is counted in data."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
 def metric(summary: vd.evaluate.Summary, bound: str) -> dict[str, Any]:
     """Record a mean over a data set in `result.json`; bound says what was averaged."""
     return {
@@ -336,9 +237,3 @@ def digest(params: vd.Params) -> str:
         sha.update(f"{jax.tree_util.keystr(path)} {value.dtype} {value.shape}".encode())
         sha.update(value.tobytes())
     return sha.hexdigest()
-
-
-def training_seconds(directory: Path) -> float:
-    """Read how long training took, over all resumptions."""
-    rows = vd.report.load_metrics(directory / "metrics.jsonl")
-    return float(rows[-1]["seconds"]) if rows else 0.0

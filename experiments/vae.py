@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import runs
-from vdiff import data, evaluate, likelihoods, nets, report
+from experiments import pixels, runs, training
+from vdiff import data, evaluate, nets, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def build(config: Config) -> Problem:
     """
     dataset = data.load(config.data)
     shape, levels = dataset.train.shape[1:], dataset.levels
-    likelihood, out_bias = _LIKELIHOODS[config.likelihood](dataset.train, levels)
+    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](dataset.train, levels)
     out_shape = likelihood.out_shape(shape)
     if config.network == "conv":
         encoder = nets.conv_encoder(shape, 2 * config.latent_dim)
@@ -120,37 +120,6 @@ def build(config: Config) -> Problem:
         centre = lambda x: (x.astype(jnp.float32) + 0.5) / levels  # noqa: E731
         return problem._replace(model=vd.dequantized(vae, levels), to_vae=centre)
     return problem
-
-
-def _bernoulli(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
-    mean = np.clip(images.mean(0) / (levels - 1), 0.01, 0.99)
-    return likelihoods.bernoulli(), np.log(mean) - np.log1p(-mean)
-
-
-def _categorical(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
-    frequency = np.stack([(images == level).mean(0) for level in range(levels)], axis=-1)
-    return likelihoods.categorical(levels), np.log(frequency + 0.1 / levels)
-
-
-def _logistic(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
-    embedded = 2.0 * images / (levels - 1) - 1.0
-    out_bias = np.stack([embedded.mean(0), np.log(embedded.std(0) + 1.0 / levels)], axis=-1)
-    return likelihoods.discretized_logistic(levels), out_bias
-
-
-def _gaussian(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
-    unit = (images + 0.5) / levels
-    out_bias = np.stack([unit.mean(0), np.log(unit.std(0) + 0.3 / levels)], axis=-1)
-    return likelihoods.gaussian(), out_bias
-
-
-_LIKELIHOODS = {
-    "bernoulli": _bernoulli,
-    "categorical": _categorical,
-    "logistic": _logistic,
-    "gaussian": _gaussian,
-}
-"""Each: (training images, levels) -> the likelihood, and the decoder's first output: that of the pixels alone."""
 
 
 def objective_of(config: Config, problem: Problem) -> vd.Scheduled:
@@ -188,18 +157,18 @@ def run(config: Config) -> dict:
 
     test = draw(key_test, test)
     watched = vd.preprocessed(problem.model.elbo_terms, lambda key, x: x)
-    state = runs.train(
+    state = training.train(
         config,
         directory,
         problem.model,
         objective_of(config, problem),
         draw(key_train, train) if config.binarization == "fixed" else train,
-        hooks=(runs.held_out(watched, key_watch, test[:500], every=10 * config.log_every),),
+        hooks=(training.held_out(watched, key_watch, test[:500], every=10 * config.log_every),),
     )
 
     began = time.perf_counter()
     log_prob = evaluate.importance_log_prob(problem.model, config.eval_samples, chunk_size=50)
-    with runs.counting("judging", len(test)) as on_progress:
+    with training.counting("judging", len(test)) as on_progress:
         judged = evaluate.evaluate(
             log_prob, key_judge, state.ema, test, batch_size=20, on_progress=on_progress
         )
@@ -208,7 +177,7 @@ def run(config: Config) -> dict:
     loc = evaluate.evaluate(
         lambda key, params, x: problem.vae.encode(params, problem.to_vae(x))[0], key_judge, state.ema, test
     )
-    seconds = {"training": runs.training_seconds(directory), "evaluation": time.perf_counter() - began}
+    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
 
     nats = evaluate.summarize(judged.value)
     num_dims = test[0].size

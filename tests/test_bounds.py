@@ -130,7 +130,10 @@ def test_bounds_do_not_depend_on_the_order_of_the_draws():
 def test_many_draws_reach_log_p():
     """Log-mean-weight of 200,000 draws against log N(x; W loc + b, W W^T + s^2 I), by the delta method."""
     toy = toys.toy("linear2")
-    model, params, data = toy.model, toy.params, toy.data
+    model, data = toy.model, toy.data
+    # Wider than the posterior, so that the weights are bounded.
+    params = toys.at_posterior(toy.params)
+    params = params._replace(lam=params.lam | {"log_diag": params.lam["log_diag"] + 0.5})
     num_samples = 200_000
 
     for i, x in enumerate(jnp.asarray(data)):
@@ -141,7 +144,7 @@ def test_many_draws_reach_log_p():
         assert std_error < 0.01
         assert abs(float(vd.iwae(log_w)) - float(exact)) < 5 * max(std_error, 2e-6 * abs(float(exact)))
         # In expectation the order is elbo < renyi < iwae <= log p(x); here by a wide margin.
-        assert vd.elbo(log_w) < vd.renyi(0.5)(log_w) - 0.01 < vd.iwae(log_w) - 0.02
+        assert vd.elbo(log_w) < vd.renyi(0.5)(log_w) - 0.02 < vd.iwae(log_w) - 0.04
 
 
 def test_the_bounds_are_functions_with_names():

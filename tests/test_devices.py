@@ -42,7 +42,11 @@ def build():
 def compiled_steps(model, optimizer):
     plain = vd.make_train_step(model.elbo_terms, optimizer)
     mapped = vd.make_train_step(model.elbo_terms, optimizer, axis_name="data")
-    return {"one": vd.jit_step(plain), "jit": vd.jit_step(plain, vd.data_mesh()), "pmap": vd.pmap_step(mapped)}
+    return {
+        "one": vd.jit_step(plain),
+        "jit": vd.jit_step(plain, vd.data_mesh()),
+        "pmap": vd.pmap_step(mapped),
+    }
 
 
 def numbers(state):
@@ -94,7 +98,8 @@ def compare_modes(start, steps, batches):
         "metrics": {mode: largest_ratio(metrics[mode], metrics["one"]) for mode in ("jit", "pmap")},
         "metric_names": {mode: sorted(rows[0]) for mode, rows in metrics.items()},
         "shapes_kept": {
-            mode: {name: list(leaf.shape) for name, leaf in end.items()} == shapes for mode, end in ends.items()
+            mode: {name: list(leaf.shape) for name, leaf in end.items()} == shapes
+            for mode, end in ends.items()
         },
         "moved": min(
             float(np.linalg.norm(ends["one"][name] - began[name]) / np.linalg.norm(ends["one"][name]))

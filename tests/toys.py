@@ -459,6 +459,25 @@ def variance(draws, part):
 
 
 @functools.cache
+def exact(name, num_samples):
+    """Compute `exact_expectations` of a toy, once."""
+    return exact_expectations(toy(name), num_samples)
+
+
+def single_draws(objectives, key, params, x):
+    """Return {name: (terms, Params of gradients)} of one datum with one key, compiled together."""
+
+    def one(objective):
+        def summed(params):
+            terms = objective(key, params, x)
+            return sum(terms.values()), terms
+
+        return jax.grad(summed, has_aux=True)(params)[::-1]
+
+    return jax.device_get(jax.jit(lambda: {name: one(o) for name, o in objectives.items()})())
+
+
+@functools.cache
 def toy(name):
     """Build a toy once."""
     return {

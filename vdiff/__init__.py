@@ -24,10 +24,10 @@ from vdiff.models.covariance import shared_covariance as shared_covariance
 from vdiff.models.dequantized import dequantized as dequantized
 from vdiff.models.em import em_step as em_step
 from vdiff.models.em import fit_em as fit_em
-from vdiff.models.em import kmeans_plus_plus as kmeans_plus_plus
 from vdiff.models.gmm import GMM as GMM
 from vdiff.models.gmm import collapsed as collapsed
 from vdiff.models.gmm import gmm as gmm
+from vdiff.models.kmeans import kmeans_plus_plus as kmeans_plus_plus
 from vdiff.models.vae import VAE as VAE
 from vdiff.models.vae import vae as vae
 from vdiff.objectives import Scheduled as Scheduled

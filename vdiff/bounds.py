@@ -10,6 +10,7 @@ A bound knows no model, and an estimator knows no bound: every pair of them work
 import math
 from collections.abc import Callable
 
+import chex
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
@@ -28,6 +29,7 @@ def elbo(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
 
     Source: lecture 12.2.3.
     """
+    chex.assert_rank(log_weights, 1)
     return jnp.mean(log_weights)
 
 
@@ -42,6 +44,7 @@ def iwae(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
 
     Source: Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016, eq. 8.
     """
+    chex.assert_rank(log_weights, 1)
     return logsumexp(log_weights) - math.log(log_weights.shape[0])
 
 
@@ -72,6 +75,7 @@ def renyi(alpha: float) -> Bound:
     order = 1.0 - alpha
 
     def bound(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
+        chex.assert_rank(log_weights, 1)
         mean = jnp.mean(log_weights)
         spread = order * (log_weights - mean)
         is_small = jnp.max(jnp.abs(spread)) < 1.0

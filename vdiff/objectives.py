@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vdiff.types import Key, Objective, Params, PyTree, Terms, check_key
@@ -32,7 +33,7 @@ def sum_terms(terms: Terms) -> Float[Array, ""]:
     return sum(terms.values())
 
 
-def weighted(objective: Objective, weights: Mapping[str, float | Array]) -> Objective:
+def weighted(objective: Objective, weights: Mapping[str, ArrayLike]) -> Objective:
     """Multiply named terms by weights; a term not named keeps weight one.
 
         weighted(model.elbo_terms, {"kl": beta})        is the objective of a beta-VAE
@@ -136,7 +137,7 @@ def scheduled(at: Callable[[Array], Objective]) -> Scheduled:
     return Scheduled(at)
 
 
-def bits_per_dim(nats: float | Array, num_dims: int) -> float | Array:
+def bits_per_dim(nats: ArrayLike, num_dims: int) -> ArrayLike:
     """Convert nats per datum into bits per dimension, smaller is better.
 
         - nats / (num_dims ln 2)

@@ -44,7 +44,7 @@ def test_the_batch_size_does_not_change_a_vaes_evaluation(key):
         latent_dim=2,
         likelihood=vd.likelihoods.gaussian(0.5),
     )
-    params, evaluator = model.init(key), vd.importance_log_prob(model, 30, 10)
+    params, evaluator = jax.jit(model.init)(key), vd.importance_log_prob(model, 30, 10)
     outs = [
         vd.evaluate.evaluate(evaluator, key, params, DATA, batch_size=batch_size)
         for batch_size in (7, NUM_DATA)

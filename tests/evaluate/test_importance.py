@@ -190,7 +190,9 @@ def test_discrete_latents():
     assert abs(z_score(ratio, 1.0)) < 5
 
 
-@pytest.mark.parametrize(("num_samples", "chunk_size", "name"), [(0, 10, "num_samples"), (5, 0, "chunk_size")])
+@pytest.mark.parametrize(
+    ("num_samples", "chunk_size", "name"), [(0, 10, "num_samples"), (5, 0, "chunk_size")]
+)
 def test_numbers_below_one_are_refused(num_samples, chunk_size, name):
     with pytest.raises(ValueError, match=f"{name}: got 0, expected at least 1"):
         vd.importance_log_prob(linear_gaussian(), num_samples, chunk_size)

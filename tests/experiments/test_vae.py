@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import runs, vae
+from experiments import pixels, training, vae
 
 
 def config_of(directory, **changes):
@@ -41,7 +41,7 @@ def test_every_setting_trains_and_is_judged_above_the_pixels_alone(changes, tmp_
 
     # Trained, it judges the test set better than it began.
     problem = vae.build(config)
-    start = vd.init_state(jax.random.key(config.seed), problem.model, runs.optimizer_of(config)).params
+    start = vd.init_state(jax.random.key(config.seed), problem.model, training.optimizer_of(config)).params
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     objective = vae.objective_of(config, problem).at(np.int32(10**6))
     key, images = jax.random.key(5), problem.dataset.train[:200]
@@ -83,7 +83,7 @@ def test_the_first_output_is_that_of_the_pixels_alone():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 5, (400, 2, 3, 1), dtype=np.uint8)
     for name in ("bernoulli", "categorical", "logistic", "gaussian"):
-        likelihood, out = vae._LIKELIHOODS[name](images, 5)
+        likelihood, out = pixels.LIKELIHOODS[name](images, 5)
         assert out.shape == likelihood.out_shape((2, 3, 1))
         top = {"bernoulli": 4.0, "gaussian": 5.0}.get(name, 1.0)
         offset = 0.5 if name == "gaussian" else 0.0

@@ -13,7 +13,7 @@ from sklearn.mixture import GaussianMixture
 
 from vdiff import Network, Params
 from vdiff.models.covariance import diagonal_covariance, full_covariance, shared_covariance
-from vdiff.models.em import em_step, fit_em, kmeans_plus_plus
+from vdiff.models.em import em_step, fit_em
 from vdiff.models.gmm import gmm
 
 KINDS = {"full": full_covariance, "shared": shared_covariance, "diagonal": diagonal_covariance}
@@ -340,30 +340,6 @@ def test_identical_data_and_as_many_components_as_data_are_survived():
         np.testing.assert_allclose(history[-1], exact_objective("full", params, data, 0.0, 1.0), rtol=1e-5)
 
 
-def test_kmeans_plus_plus_picks_by_squared_distance():
-    # Points 0, 1 and 4 on a line. First uniform, then by square: P(0, 1) = 1/3 * 1/17, and so on.
-    points = np.array([0.0, 1.0, 4.0])
-    expected = (points[:, None] - points) ** 2
-    expected = expected / expected.sum(axis=1, keepdims=True) / 3
-    data = jnp.asarray(points[:, None], jnp.float32)
-    keys = jax.random.split(jax.random.key(0), 40_000)
-    picked = jax.vmap(kmeans_plus_plus, in_axes=(0, None, None))(keys, data, 2)
-    assert picked.shape == (40_000, 2, 1)
-    index = np.searchsorted(points, np.asarray(picked)[..., 0])
-    pairs = np.eye(9)[index[:, 0] * 3 + index[:, 1]]
-    std_error = np.maximum(np.sqrt(expected * (1 - expected) / len(keys)), 1e-6)
-    assert np.max(np.abs(pairs.mean(axis=0).reshape(3, 3) - expected) / std_error) < 5
-
-
-def test_kmeans_plus_plus_third_pick_minds_both_others():
-    # Whatever comes first, all three are visited: a pick at distance zero has probability zero.
-    data = jnp.array([[0.0, 0.0], [0.0, 0.0], [1e-3, 0.0], [5.0, 5.0]])
-    for seed in range(20):
-        picked = np.asarray(kmeans_plus_plus(jax.random.key(seed), data, 3))
-        assert len(np.unique(picked, axis=0)) == 3
-    assert kmeans_plus_plus(jax.random.key(0), data, 1).shape == (1, 2)
-
-
 def test_it_compiles_once_per_model_and_shape():
     traces = []
 
@@ -467,5 +443,3 @@ def test_bad_settings_are_refused(settings, message):
 def test_raw_keys_are_refused():
     with pytest.raises(TypeError, match=r"expected a typed key"):
         fit_em(jax.random.PRNGKey(0), mixture("full", 3, 2), two_clusters())
-    with pytest.raises(TypeError, match=r"expected a typed key"):
-        kmeans_plus_plus(jax.random.PRNGKey(0), two_clusters(), 2)

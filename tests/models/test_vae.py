@@ -51,7 +51,10 @@ def moments(scalar, params, num_draws=NUM_DRAWS, seed=0):
         return {"value": value, "theta": grads.theta, "phi": grads.phi, "lam": grads.lam}
 
     out = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), num_draws))
-    mean = {part: jax.tree.map(lambda leaf: np.mean(np.asarray(leaf, np.float64), axis=0), out[part]) for part in out}
+    mean = {
+        part: jax.tree.map(lambda leaf: np.mean(np.asarray(leaf, np.float64), axis=0), out[part])
+        for part in out
+    }
     var = {
         part: jax.tree.map(lambda leaf: np.var(np.asarray(leaf, np.float64), axis=0) / num_draws, out[part])
         for part in out
@@ -79,7 +82,7 @@ def test_closed_form_kl_agrees_with_pathwise(name):
     """Value and gradient, for theta and for lam."""
     likelihood, x = LIKELIHOODS[name]
     model = build(likelihood)
-    params = perturbed(model.init(jax.random.key(1)))
+    params = perturbed(jax.jit(model.init)(jax.random.key(1)))
     exact = moments(lambda key, params: model.elbo_estimate(key, params, x), params)
     objective = vd.total(vd.pathwise(model, vd.elbo, 2))
     sampled = moments(lambda key, params: objective(key, params, x), params, seed=1)
@@ -90,7 +93,7 @@ def test_closed_form_kl_agrees_with_pathwise(name):
 def test_terms_are_reconstruction_at_one_draw_and_the_closed_form_kl(name):
     likelihood, x = LIKELIHOODS[name]
     model = build(likelihood)
-    params = perturbed(model.init(jax.random.key(2)))
+    params = perturbed(jax.jit(model.init)(jax.random.key(2)))
     loc, scale = model.encode(params, x)
     assert loc.shape == scale.shape == (LATENT_DIM,) and np.all(np.asarray(scale) > 0)
     terms = model.elbo_terms(jax.random.key(3), params, x)
@@ -101,11 +104,13 @@ def test_terms_are_reconstruction_at_one_draw_and_the_closed_form_kl(name):
     keys = jax.random.split(jax.random.key(4), NUM_DRAWS)
     z = np.asarray(loc) + np.asarray(scale) * np.random.default_rng(0).normal(size=(NUM_DRAWS, LATENT_DIM))
     z = jnp.asarray(z, jnp.float32)
-    log_joint = np.asarray(jax.vmap(lambda z: model.log_joint(params, x, z))(z), np.float64)
+    log_joint = np.asarray(jax.jit(jax.vmap(lambda z: model.log_joint(params, x, z)))(z), np.float64)
     by_hand = log_joint - scipy.stats.norm.logpdf(np.asarray(z, np.float64)).sum(axis=1)
-    term = np.asarray(jax.vmap(lambda k: model.elbo_terms(k, params, x)["reconstruction"])(keys), np.float64)
+    term = np.asarray(
+        jax.jit(jax.vmap(lambda k: model.elbo_terms(k, params, x)["reconstruction"]))(keys), np.float64
+    )
     assert abs(term.mean() - by_hand.mean()) < 5 * np.sqrt((term.var() + by_hand.var()) / NUM_DRAWS)
-    out = jax.vmap(lambda z: likelihood.log_prob(build_out(model, params, z), x))(z[:50])
+    out = jax.jit(jax.vmap(lambda z: likelihood.log_prob(build_out(model, params, z), x)))(z[:50])
     np.testing.assert_allclose(out, by_hand[:50], rtol=1e-4, atol=1e-4)
 
 
@@ -125,7 +130,7 @@ def test_what_is_shown_and_decoded(name):
     """The encoder sees embed(x); decode is the likelihood's mean; draws have the datum's shape and dtype."""
     likelihood, x = LIKELIHOODS[name]
     model = build(likelihood)
-    params = perturbed(model.init(jax.random.key(5)))
+    params = perturbed(jax.jit(model.init)(jax.random.key(5)))
     layers = params.lam
     h = jnp.tanh(likelihood.embed(x) @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"])
     out = h @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
@@ -144,7 +149,9 @@ def test_what_is_shown_and_decoded(name):
         jax.random.split(jax.random.key(7), NUM_DRAWS), params
     )
     # E x = E decode(z), each datum with its own z, so that the two differ by the likelihood's noise alone.
-    differences = np.asarray(many, np.float64) - np.asarray(jax.vmap(lambda z: model.decode(params, z))(latents))
+    differences = np.asarray(many, np.float64) - np.asarray(
+        jax.jit(jax.vmap(lambda z: model.decode(params, z)))(latents)
+    )
     z_scores = differences.mean(axis=0) / (differences.std(axis=0) / np.sqrt(NUM_DRAWS))
     assert np.max(np.abs(z_scores)) < 5
     latents = np.asarray(latents, np.float64)
@@ -156,12 +163,12 @@ def test_log_q_is_the_density_of_sample_q():
     """E_q[r / q] = 1 for a density r narrower than q, and the draws have q's mean and covariance."""
     likelihood, x = LIKELIHOODS["gaussian"]
     model = build(likelihood)
-    params = perturbed(model.init(jax.random.key(8)), scale=0.6)
+    params = perturbed(jax.jit(model.init)(jax.random.key(8)), scale=0.6)
     loc, scale = (np.asarray(a, np.float64) for a in model.encode(params, x))
     assert np.abs(np.log(scale)).max() > 0.1  # not a standard normal by chance
     keys = jax.random.split(jax.random.key(9), NUM_DRAWS)
-    z = jax.vmap(model.sample_q, in_axes=(0, None, None))(keys, params, x)
-    log_q = np.asarray(jax.vmap(model.log_q, in_axes=(None, None, 0))(params, x, z), np.float64)
+    z = jax.jit(jax.vmap(model.sample_q, in_axes=(0, None, None)))(keys, params, x)
+    log_q = np.asarray(jax.jit(jax.vmap(model.log_q, in_axes=(None, None, 0)))(params, x, z), np.float64)
     z = np.asarray(z, np.float64)
     ratio = np.exp(scipy.stats.norm.logpdf(z, loc, 0.7 * scale).sum(axis=1) - log_q)
     assert abs(ratio.mean() - 1) < 5 * ratio.std() / np.sqrt(NUM_DRAWS)
@@ -210,14 +217,14 @@ def test_a_linear_vae_is_exact_at_the_posterior(key):
     out = vd.importance_log_prob(model, 20, 6)(key, params, x)
     np.testing.assert_allclose(float(out.value), expected, rtol=2e-6)
     np.testing.assert_allclose(float(out.ess), 20, rtol=1e-4)
-    values = jax.vmap(lambda k: model.elbo_estimate(k, params, x))(jax.random.split(key, NUM_DRAWS))
+    values = jax.jit(jax.vmap(lambda k: model.elbo_estimate(k, params, x)))(jax.random.split(key, NUM_DRAWS))
     values = np.asarray(values, np.float64)
     assert abs(values.mean() - expected) < 5 * values.std() / np.sqrt(NUM_DRAWS)
 
 
 def test_a_linear_vae_samples_its_marginal(key):
     model, params = linear_vae()
-    x, z = jax.vmap(model.sample, in_axes=(0, None))(jax.random.split(key, NUM_DRAWS), params)
+    x, z = jax.jit(jax.vmap(model.sample, in_axes=(0, None)))(jax.random.split(key, NUM_DRAWS), params)
     both = np.concatenate([np.asarray(x, np.float64), np.asarray(z, np.float64)], axis=1)
     top = np.concatenate([W @ W.T + SCALE**2 * np.eye(DIM), W], axis=1)
     covariance = np.concatenate([top, np.concatenate([W.T, np.eye(2)], axis=1)])
@@ -231,13 +238,15 @@ def test_a_linear_vae_samples_its_marginal(key):
 def test_a_worse_encoder_gives_a_bound(key):
     """Off the posterior, ELBO = log p(x) - KL(q || posterior), the divergence in closed form."""
     model, params = linear_vae()
-    params = params._replace(lam={**params.lam, "b": params.lam["b"] + 0.5, "log_scale": params.lam["log_scale"] - 0.4})
+    params = params._replace(
+        lam={**params.lam, "b": params.lam["b"] + 0.5, "log_scale": params.lam["log_scale"] - 0.4}
+    )
     good = linear_vae()[1]
     x = jnp.asarray(LINEAR_X, jnp.float32)
     q, posterior = model.encode(params, x), model.encode(good, x)
     kl = float(jnp.sum(kl_divergence(dist.Normal(*q), dist.Normal(*posterior))))
     assert kl > 0.3
-    values = jax.vmap(lambda k: model.elbo_estimate(k, params, x))(jax.random.split(key, NUM_DRAWS))
+    values = jax.jit(jax.vmap(lambda k: model.elbo_estimate(k, params, x)))(jax.random.split(key, NUM_DRAWS))
     values = np.asarray(values, np.float64)
     assert abs(values.mean() - (linear_log_prob(LINEAR_X) - kl)) < 5 * values.std() / np.sqrt(NUM_DRAWS)
 
@@ -285,7 +294,7 @@ def test_a_mixture_prior_is_the_objective_by_hand(kind):
     }[kind]
     likelihood, x = LIKELIHOODS["bernoulli"]
     model = build(likelihood, prior)
-    params = perturbed(model.init(jax.random.key(1)), scale=0.3)
+    params = perturbed(jax.jit(model.init)(jax.random.key(1)), scale=0.3)
     terms = model.elbo_terms(jax.random.key(0), params, x)
     assert set(terms) == {"reconstruction", "entropy", *names}
     num_draws = NUM_DRAWS * (4 if kind == "without terms" else 1)  # a score needs more
@@ -306,14 +315,16 @@ def test_a_priors_own_encoder_is_trained_in_lam():
     )
     likelihood, x = LIKELIHOODS["bernoulli"]
     model = build(likelihood, prior)
-    params = perturbed(model.init(jax.random.key(1)))
+    params = perturbed(jax.jit(model.init)(jax.random.key(1)))
     assert set(params.lam) == {"encoder", "prior"} and set(params.phi) == {"theta", "phi"}
 
     def log_prior(params, z):
         q_net = params.lam["prior"]["Dense_0"]
         log_q = jax.nn.log_softmax(z @ q_net["kernel"] + q_net["bias"])
         theta = params.phi["theta"]
-        each = jnp.sum(jax.scipy.stats.norm.logpdf(z[None], theta["loc"], jnp.exp(theta["log_scale"])), axis=1)
+        each = jnp.sum(
+            jax.scipy.stats.norm.logpdf(z[None], theta["loc"], jnp.exp(theta["log_scale"])), axis=1
+        )
         return jnp.sum(jnp.exp(log_q) * (jax.nn.log_softmax(params.phi["phi"]["logits"]) + each - log_q))
 
     got = moments(lambda key, params: model.elbo_estimate(key, params, x), params)
@@ -343,7 +354,9 @@ def continuous_prior():
         sample_q=lambda key, params, z: params.lam @ z + 0.9 * jax.random.normal(key),
         sample=sample,
     )
-    return model, lambda z: scipy.stats.multivariate_normal(np.zeros(2), np.outer(a, a) + s**2 * np.eye(2)).logpdf(z)
+    return model, lambda z: scipy.stats.multivariate_normal(
+        np.zeros(2), np.outer(a, a) + s**2 * np.eye(2)
+    ).logpdf(z)
 
 
 @pytest.mark.parametrize("kind", ["gmm", "continuous"])
@@ -352,7 +365,7 @@ def test_the_pair_is_one_model(kind):
     prior = {"gmm": MIXTURE, "continuous": continuous_prior()[0]}[kind]
     likelihood, x = LIKELIHOODS["bernoulli"]
     model = build(likelihood, prior)
-    params = perturbed(model.init(jax.random.key(1)), scale=0.2)
+    params = perturbed(jax.jit(model.init)(jax.random.key(1)), scale=0.2)
     if kind == "continuous":
         params = params._replace(phi=model.init(jax.random.key(1)).phi)
     wider = jnp.array([0.0, 0.0, 0.5, 0.5])  # weights without a tail: q as wide as what it stands for
@@ -369,10 +382,14 @@ def test_the_pair_is_one_model(kind):
     assert abs(log_w.mean() - terms.mean()) < 5 * np.sqrt((log_w.var() + terms.var()) / NUM_DRAWS)
 
     # p(x) by simulation: z from the prior's closed form, p(x | z) by decode, which is P(x = 1 | z).
-    draws = jax.vmap(model.sample, in_axes=(0, None))(jax.random.split(jax.random.key(2), NUM_DRAWS), params)
+    draws = jax.jit(jax.vmap(model.sample, in_axes=(0, None)))(
+        jax.random.split(jax.random.key(2), NUM_DRAWS), params
+    )
     z = np.asarray(draws[1][0], np.float64)
     assert draws[0].shape == (NUM_DRAWS, DIM) and draws[0].dtype == jnp.int32
-    p = np.asarray(jax.vmap(lambda z: model.decode(params, z))(jnp.asarray(z, jnp.float32)), np.float64)
+    p = np.asarray(
+        jax.jit(jax.vmap(lambda z: model.decode(params, z)))(jnp.asarray(z, jnp.float32)), np.float64
+    )
     p = np.prod(np.where(np.asarray(x) == 1, p, 1 - p), axis=1)
     w = np.exp(log_w)
     assert abs(w.mean() - p.mean()) < 5 * np.sqrt((w.var() + p.var()) / NUM_DRAWS)
@@ -400,13 +417,17 @@ def test_a_prior_at_its_own_posterior_gives_its_log_density(key):
     )
     likelihood, x = LIKELIHOODS["bernoulli"]
     model = build(likelihood, prior)
-    params = model.init(key)
+    params = jax.jit(model.init)(key)
     terms = model.elbo_terms(jax.random.key(1), params, x)
     assert set(terms) == {"reconstruction", "entropy", "prior_elbo"}
     loc, q_scale = (np.asarray(a, np.float64) for a in model.encode(params, x))
-    np.testing.assert_allclose(float(terms["entropy"]), scipy.stats.norm(loc, q_scale).entropy().sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        float(terms["entropy"]), scipy.stats.norm(loc, q_scale).entropy().sum(), rtol=1e-5
+    )
     keys = jax.random.split(jax.random.key(2), NUM_DRAWS)
-    got = np.asarray(jax.vmap(lambda k: model.elbo_terms(k, params, x)["prior_elbo"])(keys), np.float64)
+    got = np.asarray(
+        jax.jit(jax.vmap(lambda k: model.elbo_terms(k, params, x)["prior_elbo"]))(keys), np.float64
+    )
     z = loc + q_scale * np.random.default_rng(0).normal(size=(NUM_DRAWS, 2))
     expected = log_prob(z)
     assert abs(got.mean() - expected.mean()) < 5 * np.sqrt((got.var() + expected.var()) / NUM_DRAWS)
@@ -470,7 +491,7 @@ def test_parts_of_the_parameters(key, kind):
     """A fixed prior has no phi; theta is the decoder's and lam the encoder's, drawn from different keys."""
     prior = {"none": None, "collapsed": vd.collapsed(MIXTURE)}[kind]
     model = build(LIKELIHOODS["bernoulli"][0], prior)
-    params = model.init(key)
+    params = jax.jit(model.init)(key)
     own = params.lam if prior is None else params.lam["encoder"]
     assert own["Dense_0"]["kernel"].shape == (DIM, 4) and params.theta["Dense_0"]["kernel"].shape == (2, 4)
     if prior is None:

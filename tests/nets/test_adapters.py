@@ -116,8 +116,9 @@ def test_init_is_a_function_of_the_key(key, kind):
 def test_gradient_reaches_every_parameter_and_is_right(key, kind):
     """Against central differences along the gradient itself, and along a random direction."""
     net = KINDS[kind][0]()
-    params = net.init(key)
+    params = jax.jit(net.init)(key)
 
+    @jax.jit
     def f(params):
         return jnp.sum(jnp.sin(net.apply(params, X, SHIFT) + 1.0))
 
@@ -134,7 +135,9 @@ def test_gradient_reaches_every_parameter_and_is_right(key, kind):
         ahead, behind = (
             f(jax.tree.map(lambda p, d, s=s: p + s * d, params, direction)) for s in (step, -step)
         )
-        slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
+        slope = sum(
+            jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True)
+        )
         np.testing.assert_allclose((ahead - behind) / (2 * step), slope, rtol=5e-3, atol=1e-3)
 
 
@@ -165,7 +168,9 @@ def test_batch_statistics_are_refused_with_the_fix(key):
         def __call__(self, x):
             return nn.BatchNorm(use_running_average=True)(nn.Dense(4)(x))
 
-    pattern = r"module: got LinenNorm with collections \['batch_stats'\], expected 'params' only; .*by LayerNorm"
+    pattern = (
+        r"module: got LinenNorm with collections \['batch_stats'\], expected 'params' only; .*by LayerNorm"
+    )
     with pytest.raises(ValueError, match=pattern):
         from_linen(LinenNorm(), jnp.zeros(IN_DIM)).init(key)
 
@@ -176,7 +181,9 @@ def test_batch_statistics_are_refused_with_the_fix(key):
         def __call__(self, x):
             return self.norm(self.dense(x))
 
-    pattern = r"build: got a module with state of kinds \['BatchStat'\], expected nnx.Param only; .*by LayerNorm"
+    pattern = (
+        r"build: got a module with state of kinds \['BatchStat'\], expected nnx.Param only; .*by LayerNorm"
+    )
     with pytest.raises(ValueError, match=pattern):
         from_nnx(NNXNorm)
 
@@ -184,7 +191,9 @@ def test_batch_statistics_are_refused_with_the_fix(key):
 def test_linen_inputs_of_another_shape_or_number_are_refused(key):
     net = from_linen(Linen(), jnp.zeros(IN_DIM), jnp.zeros(2))
     params = net.init(key)
-    with pytest.raises(ValueError, match=r"inputs\[0\]: got shape \(1, 3\), expected \(3,\) for Linen; .*vmap"):
+    with pytest.raises(
+        ValueError, match=r"inputs\[0\]: got shape \(1, 3\), expected \(3,\) for Linen; .*vmap"
+    ):
         net.apply(params, X[None], SHIFT)
     with pytest.raises(ValueError, match=r"inputs\[1\]: got shape \(3,\), expected \(2,\) for Linen"):
         net.apply(params, X, X)

@@ -41,13 +41,13 @@ def transpose(x, kernel, bias):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encoder_is_strided_convolutions(key, shape):
     net = conv_encoder(shape, 4, features=(3, 5), hidden=6, activation=jnp.tanh)
-    params = jax.tree.map(lambda leaf: leaf + 0.05, net.init(key))
+    params = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(net.init)(key))
     x = jax.random.normal(jax.random.key(1), shape)
     p, h = wide(params), np.asarray(x, np.float64)
     for i in range(2):
         h = np.tanh(convolve(h, p[f"Conv_{i}"]["kernel"], p[f"Conv_{i}"]["bias"], 2))
     h = np.tanh(h.reshape(-1) @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"])
-    out = net.apply(params, x)
+    out = jax.jit(net.apply)(params, x)
     assert out.shape == (4,)
     np.testing.assert_allclose(out, h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"], rtol=1e-5, atol=2e-6)
 
@@ -56,7 +56,7 @@ def test_encoder_is_strided_convolutions(key, shape):
 def test_decoder_is_transposed_convolutions_cropped(key, shape):
     """Trailing axes are channels, row by row; what is cropped is the far end."""
     net = conv_decoder(2, shape, features=(3, 5), hidden=6, activation=jnp.tanh, out_bias=0.7)
-    params = jax.tree.map(lambda leaf: leaf + 0.05, net.init(key))
+    params = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(net.init)(key))
     z = jax.random.normal(jax.random.key(1), (2,))
     p, h = wide(params), np.asarray(z, np.float64)
     for name in ("Dense_0", "Dense_1"):
@@ -66,14 +66,14 @@ def test_decoder_is_transposed_convolutions_cropped(key, shape):
         h = np.tanh(transpose(h, p[f"ConvTranspose_{i}"]["kernel"], p[f"ConvTranspose_{i}"]["bias"]))
     h = convolve(h, p["Conv_0"]["kernel"], p["Conv_0"]["bias"], 1)
     expected = h[: shape[0], : shape[1]].reshape(shape)
-    out = net.apply(params, z)
+    out = jax.jit(net.apply)(params, z)
     assert out.shape == shape
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_decoder_of_an_odd_image_is_the_even_one_cropped(key):
     odd, even = (conv_decoder(2, shape, features=(3, 4), hidden=5) for shape in ((7, 5, 2), (8, 8, 2)))
-    params, z = even.init(key), jnp.array([0.4, -1.0])
+    params, z = jax.jit(even.init)(key), jnp.array([0.4, -1.0])
     np.testing.assert_array_equal(odd.apply(params, z), even.apply(params, z)[:7, :5])
 
 
@@ -82,11 +82,11 @@ def test_decoder_shifts_with_what_it_is_given(key):
     net = conv_decoder(1, (32, 32, 1), features=(3, 4), hidden=2, activation=jnp.tanh)
 
     def image(i, j):
-        params = net.init(key)
+        params = jax.jit(net.init)(key)
         grid = np.zeros((8, 8, 3), np.float32)
         grid[i, j] = [1.0, -2.0, 0.5]
         params["Dense_1"] = {"kernel": jnp.zeros((2, 192)), "bias": jnp.asarray(grid.ravel())}
-        return np.asarray(net.apply(params, jnp.zeros(1)))[..., 0]
+        return np.asarray(jax.jit(net.apply)(params, jnp.zeros(1)))[..., 0]
 
     here, there = image(2, 3), image(4, 4)
     assert np.abs(here).max() > 1e-2
@@ -95,13 +95,16 @@ def test_decoder_shifts_with_what_it_is_given(key):
 
 def test_decoder_starts_at_out_bias(key):
     net = conv_decoder(2, (7, 5, 3), features=(3,), hidden=4, out_bias=-1.3)
-    np.testing.assert_array_equal(net.apply(net.init(key), jnp.zeros(2)), np.full((7, 5, 3), -1.3, np.float32))
+    np.testing.assert_array_equal(
+        net.apply(jax.jit(net.init)(key), jnp.zeros(2)), np.full((7, 5, 3), -1.3, np.float32)
+    )
 
 
 @pytest.mark.parametrize("build", [lambda: conv_encoder((7, 5, 3), 4), lambda: conv_decoder(2, (7, 5, 3))])
 def test_init_is_a_function_of_the_key(key, build):
     net = build()
-    one, same, other = net.init(key), net.init(key), net.init(jax.random.key(1))
+    init = jax.jit(net.init)
+    one, same, other = init(key), init(key), init(jax.random.key(1))
     for a, b, c in zip(*(jax.tree.leaves(p) for p in (one, same, other)), strict=True):
         np.testing.assert_array_equal(a, b)
         assert a.ndim == 1 or np.any(np.asarray(a) != np.asarray(c))
@@ -112,7 +115,9 @@ def test_shapes_that_are_no_images_are_refused(key):
         conv_encoder((8, 8), 4)
     with pytest.raises(ValueError, match=r"out_shape: got \(8, 8\), expected \(H, W, C\) or more; add"):
         conv_decoder(2, (8, 8))
-    with pytest.raises(ValueError, match="features: got none, expected the channels of at least one doubling"):
+    with pytest.raises(
+        ValueError, match="features: got none, expected the channels of at least one doubling"
+    ):
         conv_decoder(2, (8, 8, 1), features=())
     net = conv_encoder((8, 6, 1), 4)
     with pytest.raises(ValueError, match=r"inputs\[0\]: got shape \(6, 8, 1\), expected \(8, 6, 1\)"):

@@ -15,12 +15,18 @@ def dense(params, name, h):
 
 @pytest.mark.parametrize(
     ("in_shape", "out_shape", "hidden"),
-    [((7, 5, 3), (4,), (6, 8)), ((3,), (7, 5, 3), (9,)), ((), (2, 3), (4,)), ((5,), (), ()), ((1, 1), (1,), (2,) * 3)],
+    [
+        ((7, 5, 3), (4,), (6, 8)),
+        ((3,), (7, 5, 3), (9,)),
+        ((), (2, 3), (4,)),
+        ((5,), (), ()),
+        ((1, 1), (1,), (2,) * 3),
+    ],
 )
 def test_is_products_and_nonlinearities(key, in_shape, out_shape, hidden):
     """Input flattened row by row, output shaped row by row, no nonlinearity after the last product."""
     net = mlp(in_shape, out_shape, hidden=hidden, activation=jnp.tanh, out_bias=0.3)
-    params = jax.tree.map(lambda leaf: leaf + 0.05, net.init(key))
+    params = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(net.init)(key))
     x = jax.random.normal(jax.random.key(1), in_shape)
     out = net.apply(params, x)
     assert out.shape == out_shape and out.dtype == jnp.float32
@@ -32,11 +38,11 @@ def test_is_products_and_nonlinearities(key, in_shape, out_shape, hidden):
     assert len(params) == len(hidden) + 1
 
 
-@pytest.mark.parametrize("out_bias", [-1.7, jnp.arange(6.0).reshape(2, 3)])
+@pytest.mark.parametrize("out_bias", [-1.7, jnp.arange(6.0).reshape(2, 3), np.eye(2, 3)])
 def test_the_output_starts_at_out_bias(key, out_bias):
     """With the products at zero, exactly; as built, around it for inputs of both signs."""
     net = mlp((4,), (2, 3), hidden=(5,), out_bias=out_bias)
-    params = net.init(key)
+    params = jax.jit(net.init)(key)
     no_kernels = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.zeros_like(leaf) if path[-1].key == "kernel" else leaf, params
     )
@@ -47,7 +53,7 @@ def test_the_output_starts_at_out_bias(key, out_bias):
 
 
 def test_kernels_are_glorot_uniform(key):
-    params = mlp((300,), (200,), hidden=(100,)).init(key)
+    params = jax.jit(mlp((300,), (200,), hidden=(100,)).init)(key)
     for name, fan_in, fan_out in (("Dense_0", 300, 100), ("Dense_1", 100, 200)):
         kernel, limit = np.asarray(params[name]["kernel"]), np.sqrt(6 / (fan_in + fan_out))
         assert kernel.shape == (fan_in, fan_out)
@@ -72,11 +78,15 @@ def test_init_is_a_function_of_the_key(key):
 def test_another_input_shape_is_refused(key, shape):
     """Also one with as many elements, which would run: its pixels would lie in another order."""
     net = mlp((2, 3), (1,), hidden=())
-    with pytest.raises(ValueError, match=r"inputs\[0\]: got shape \(.*\), expected \(2, 3\) for .*vmap over a batch"):
+    with pytest.raises(
+        ValueError, match=r"inputs\[0\]: got shape \(.*\), expected \(2, 3\) for .*vmap over a batch"
+    ):
         jax.eval_shape(net.apply, jax.eval_shape(net.init, key), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (1, 2, 3)])
 def test_an_out_bias_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=r"out_bias: got shape \(.*\), expected \(2, 3\), that of the output"):
+    with pytest.raises(
+        ValueError, match=r"out_bias: got shape \(.*\), expected \(2, 3\), that of the output"
+    ):
         mlp((4,), (2, 3), out_bias=jnp.zeros(shape))

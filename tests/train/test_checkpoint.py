@@ -48,9 +48,7 @@ def equal(one, other):
 
 @pytest.fixture(scope="module")
 def steps():
-    made = {
-        name: vd.make_train_step(MODEL.elbo_terms, OPTIMIZER, axis_name=name) for name in (None, "data")
-    }
+    made = {name: vd.make_train_step(MODEL.elbo_terms, OPTIMIZER, axis_name=name) for name in (None, "data")}
     return {"jit": vd.jit_step(made[None]), "pmap": vd.pmap_step(made["data"])}
 
 

@@ -71,7 +71,10 @@ def test_rows_of_a_fit_are_those_of_its_hooks(tmp_path):
 def test_a_resumed_file_drops_what_the_run_forgot(tmp_path):
     """Rows past the start and a last line cut by a kill go; seconds go on from the last row that stays."""
     path = tmp_path / "metrics.jsonl"
-    kept = [{"step": 50, "seconds": 10.0, "objective": -9.0}, {"step": 100, "seconds": 100.0, "objective": -8.0}]
+    kept = [
+        {"step": 50, "seconds": 10.0, "objective": -9.0},
+        {"step": 100, "seconds": 100.0, "objective": -8.0},
+    ]
     later = {"step": 150, "seconds": 1000.0, "objective": -7.0}
     lines = [json.dumps(row) for row in (*kept, later)]
     path.write_text("\n".join(lines) + '\n{"step": 200, "secon')

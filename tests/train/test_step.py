@@ -31,7 +31,9 @@ def noisy(key, params, x):
 def equal(one, other):
     """Same structure, same bits."""
     one, other = (
-        jax.tree.map(lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, t)
+        jax.tree.map(
+            lambda a: jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a, t
+        )
         for t in (one, other)
     )
     assert jax.tree.structure(one) == jax.tree.structure(other)

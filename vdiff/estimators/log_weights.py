@@ -20,12 +20,14 @@ def log_joints(
     model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int
 ) -> Float[Array, " K"]:
     """Evaluate log p(x, z_k) at K draws, nats; K is told, since a model without a latent has z = ()."""
-    return jax.vmap(model.log_joint, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
+    values = jax.vmap(model.log_joint, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
+    return _check_scalars("log_joint", values, num_samples)
 
 
 def log_qs(model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int) -> Float[Array, " K"]:
     """Evaluate log q(z_k | x) at K draws, nats."""
-    return jax.vmap(model.log_q, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
+    values = jax.vmap(model.log_q, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
+    return _check_scalars("log_q", values, num_samples)
 
 
 def check_num_samples(num_samples: int) -> None:
@@ -36,3 +38,17 @@ def check_num_samples(num_samples: int) -> None:
     """
     if num_samples < 1:
         raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
+
+
+def _check_scalars(name: str, values: Array, num_samples: int) -> Array:
+    """Refuse a log-density that was not summed: it would broadcast, and be wrong in silence.
+
+    Raises:
+        ValueError: if a value is not a scalar.
+    """
+    if values.shape != (num_samples,):
+        raise ValueError(
+            f"{name}: got an output of shape {values.shape[1:]}, expected a scalar; "
+            "sum the log-probabilities over the dimensions of x and z"
+        )
+    return values

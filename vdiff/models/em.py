@@ -38,38 +38,11 @@ from jaxtyping import Array, Float
 
 from vdiff.models.covariance import component_log_prob
 from vdiff.models.gmm import GMM
+from vdiff.models.kmeans import kmeans_plus_plus, square_distances
 from vdiff.types import Key, Params, check_key
 
 _EMPTY = 1e-20
 """A component that expects fewer data than this is empty: its moments are lost to underflow."""
-
-
-@partial(jax.jit, static_argnames="num_components")
-def kmeans_plus_plus(key: Key, data: Float[Array, "N dim"], num_components: int) -> Float[Array, "C dim"]:
-    """Pick data as starting locations, spread out at random.
-
-        the first uniformly, each further one with probability proportional to min_k |x_n - c_k|^2
-
-    Args:
-        key: a typed key.
-        data: [N, dim].
-        num_components: C, how many to pick.
-
-    Returns:
-        [C, dim], rows of data; distinct while the data have that many distinct rows.
-
-    Source: Arthur and Vassilvitskii, k-means++: The Advantages of Careful Seeding, 2007, 2.2.
-    """
-    key_first, key_rest = jax.random.split(check_key(key))
-    first = data[jax.random.randint(key_first, (), 0, data.shape[0])]
-
-    def pick(nearest: Array, key: Key) -> tuple[Array, Array]:
-        centre = data[jax.random.categorical(key, jnp.log(nearest))]
-        return jnp.minimum(nearest, _square_distances(data, centre)), centre
-
-    keys = jax.random.split(key_rest, num_components - 1)
-    _, others = jax.lax.scan(pick, _square_distances(data, first), keys)
-    return jnp.concatenate([first[None], others])
 
 
 @partial(jax.jit, static_argnames="model")
@@ -227,7 +200,7 @@ def _start(
     params = params._replace(theta=params.theta | {"loc": loc})
     none = jnp.zeros((loc.shape[0], data.shape[0]), data.dtype)
     params = _maximize(model, params, data, none, 1.0, spread)
-    nearest = jnp.argmin(jax.lax.map(partial(_square_distances, data), loc), axis=0)
+    nearest = jnp.argmin(jax.lax.map(partial(square_distances, data), loc), axis=0)
     hard = jax.nn.one_hot(nearest, loc.shape[0], dtype=data.dtype, axis=0)
     return _maximize(model, params, data, hard, prior_strength, prior_scale)
 
@@ -275,10 +248,6 @@ def _maximize(
     theta = theta | model.covariance.maximize(theta, counts, scatters, prior_strength, prior_scale)
     weights = jnp.maximum(counts / data.shape[0], jnp.finfo(data.dtype).tiny)
     return params._replace(theta=theta, phi={"logits": jnp.log(weights)})
-
-
-def _square_distances(data: Float[Array, "N dim"], loc: Float[Array, " dim"]) -> Float[Array, " N"]:
-    return jnp.sum(jnp.square(data - loc[None, :]), axis=1)
 
 
 def _check_shape(data: Array | np.ndarray, dim: int) -> None:

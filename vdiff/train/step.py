@@ -10,6 +10,7 @@ A key belongs to a position, not to a device, so one device and eight compute th
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -122,6 +123,7 @@ def make_train_step(
 
         def loss(params: Params) -> tuple[Array, tuple[Terms, PyTree]]:
             terms, aux = batching(now)(key_step, params, batch, positions, state.aux)
+            chex.assert_shape(list(terms.values()), positions.shape)
             terms = _mean_over_devices(jax.tree.map(jnp.mean, terms), axis_name)
             return -combine(terms), (terms, aux)
 

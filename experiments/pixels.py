@@ -1,0 +1,37 @@
+"""What a pixel is: a likelihood, and where a decoder's output starts so that it knows each pixel's own law."""
+
+import numpy as np
+
+import vdiff as vd
+from vdiff import likelihoods
+
+
+def _bernoulli(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    mean = np.clip(images.mean(0) / (levels - 1), 0.01, 0.99)
+    return likelihoods.bernoulli(), np.log(mean) - np.log1p(-mean)
+
+
+def _categorical(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    frequency = np.stack([(images == level).mean(0) for level in range(levels)], axis=-1)
+    return likelihoods.categorical(levels), np.log(frequency + 0.1 / levels)
+
+
+def _logistic(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    embedded = 2.0 * images / (levels - 1) - 1.0
+    out_bias = np.stack([embedded.mean(0), np.log(embedded.std(0) + 1.0 / levels)], axis=-1)
+    return likelihoods.discretized_logistic(levels), out_bias
+
+
+def _gaussian(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarray]:
+    unit = (images + 0.5) / levels
+    out_bias = np.stack([unit.mean(0), np.log(unit.std(0) + 0.3 / levels)], axis=-1)
+    return likelihoods.gaussian(), out_bias
+
+
+LIKELIHOODS = {
+    "bernoulli": _bernoulli,
+    "categorical": _categorical,
+    "logistic": _logistic,
+    "gaussian": _gaussian,
+}
+"""Each: (training images, levels) -> the likelihood, and the decoder's first output: that of the pixels alone."""

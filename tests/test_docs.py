@@ -1,0 +1,53 @@
+"""The README's programs run as they stand, and what it says exists does."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_first_program_trains_and_its_pmap_lines_go_on(capsys):
+    names = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        exec(BLOCKS[0], names)
+        nats = float(re.match(r"(-[\d.]+) nats per image", capsys.readouterr().out)[1])
+        # Better than pixels that know nothing of each other, worse than memory.
+        assert _independent_pixels(names["images"], names["test"]) + 20 < nats < 0
+        exec(BLOCKS[1], names)
+    assert int(names["state"].step) == 2000
+
+
+def _independent_pixels(train, test):
+    levels = np.arange(17)
+    frequency = (train[..., None] == levels).mean(0) + 1e-3
+    log_p = np.log(frequency / frequency.sum(-1, keepdims=True))
+    return np.mean(np.sum((test[..., None] == levels) * log_p, axis=(1, 2, 3, 4)))
+
+
+def test_the_users_own_model_gives_a_gradient_by_part():
+    names = {}
+    exec(BLOCKS[2], names)
+    gradient = names["gradient"]
+    assert np.isfinite(float(names["nats"]))
+    for part in (gradient.theta, gradient.phi, gradient.lam):
+        assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(part))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_links_to_files_lead_somewhere(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    named = set(re.findall(r"^make ([a-z-]+)", README, flags=re.M)) | {"data"}
+    assert named <= targets
