@@ -72,7 +72,9 @@ def test_normal_kl():
     got = densities.normal_kl(jnp.asarray(LOC), jnp.asarray(LOG_SCALE))
     np.testing.assert_allclose(got, exact, rtol=1e-6, atol=1e-6)
     theirs = dist.kl_divergence(dist.Normal(0.4, 0.3), dist.Normal(0.0, 1.0))
-    np.testing.assert_allclose(densities.normal_kl(jnp.array(0.4), jnp.log(jnp.array(0.3))), theirs, rtol=1e-6)
+    np.testing.assert_allclose(
+        densities.normal_kl(jnp.array(0.4), jnp.log(jnp.array(0.3))), theirs, rtol=1e-6
+    )
 
 
 def test_normal_kl_is_the_expected_log_ratio():
@@ -116,7 +118,9 @@ def test_categorical_log_prob():
     rng = np.random.default_rng(0)
     logits = (3 * rng.normal(size=(4, 5, 3))).astype(np.float32)
     k = rng.integers(0, 3, size=(4, 5))
-    exact = np.take_along_axis(scipy.special.log_softmax(logits.astype(float), axis=-1), k[..., None], -1)[..., 0]
+    exact = np.take_along_axis(scipy.special.log_softmax(logits.astype(float), axis=-1), k[..., None], -1)[
+        ..., 0
+    ]
     for dtype in (np.int32, np.uint8):
         got = densities.categorical_log_prob(jnp.asarray(k.astype(dtype)), jnp.asarray(logits))
         np.testing.assert_allclose(got, exact, rtol=2e-6, atol=1e-6)
@@ -158,7 +162,8 @@ def test_discretized_logistic_gradient_is_that_of_float64():
     """In both tails, in the edge bins and far from every bin."""
     levels = 256
     k, loc, log_scale = (
-        a.ravel() for a in np.meshgrid([0, 1, 100, 254, 255], [-80.0, -1.0, 0.2, 80.0], [-6.0, -2.0, 1.0, 8.0])
+        a.ravel()
+        for a in np.meshgrid([0, 1, 100, 254, 255], [-80.0, -1.0, 0.2, 80.0], [-6.0, -2.0, 1.0, 8.0])
     )
 
     def summed(loc, log_scale):

@@ -59,7 +59,9 @@ def test_repeat_has_the_mean_and_a_share_of_the_variance(num_repeats):
     num_draws = 20_000
     repeated = vd.repeat(noisy, num_repeats)
     keys = jax.random.split(jax.random.key(1), num_draws)
-    values = np.asarray(jax.jit(jax.vmap(vd.total(repeated), in_axes=(0, None, None)))(keys, PARAMS, X), float)
+    values = np.asarray(
+        toys.quick_jit(jax.vmap(vd.total(repeated), in_axes=(0, None, None)))(keys, PARAMS, X), float
+    )
     assert abs(values.mean() - 5.75) < 5 * values.std() / math.sqrt(num_draws)
     # The variance of a normal sample's variance is 2 / n; runs that shared a key would keep variance one.
     assert abs(values.var() * num_repeats - 1) < 5 * math.sqrt(2 / num_draws)

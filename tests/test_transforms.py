@@ -12,7 +12,9 @@ NUM_DRAWS = 50_000
 
 
 def draws(transform, k):
-    return np.asarray(jax.vmap(transform, in_axes=(0, None))(jax.random.split(jax.random.key(0), NUM_DRAWS), k))
+    return np.asarray(
+        jax.vmap(transform, in_axes=(0, None))(jax.random.split(jax.random.key(0), NUM_DRAWS), k)
+    )
 
 
 @pytest.mark.parametrize("levels", [2, 17, 256])

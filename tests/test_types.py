@@ -117,7 +117,9 @@ def takers_of_a_key():
         "doubly_reparameterized": lambda k: vd.doubly_reparameterized(toy.model)(k, toy.params, x),
         "score_function": lambda k: vd.score_function(bits.model)(k, bits.params, x[:2]),
         "importance_log_prob": lambda k: vd.importance_log_prob(toy.model, 2)(k, toy.params, x),
-        "evaluate": lambda k: vd.evaluate.evaluate(vd.total(vae.elbo_terms), k, vae.init(key), np.zeros((2, 3), np.int32)),
+        "evaluate": lambda k: vd.evaluate.evaluate(
+            vd.total(vae.elbo_terms), k, vae.init(key), np.zeros((2, 3), np.int32)
+        ),
         "init_state": lambda k: vd.init_state(k, toy.model, optax.sgd(0.1)),
         "elbo_estimate": lambda k: toy.model.elbo_estimate(k, toy.params, x),
         "elbo_estimate of terms": lambda k: vae.elbo_estimate(k, vae.init(key), datum),
@@ -127,11 +129,18 @@ def takers_of_a_key():
         "dequantize": lambda k: vd.transforms.dequantize(2)(k, datum),
         "bernoulli.sample": lambda k: likelihood.sample(k, jnp.zeros(3)),
         "categorical.sample": lambda k: vd.likelihoods.categorical(3).sample(k, jnp.zeros(3)),
-        "discretized_logistic.sample": lambda k: vd.likelihoods.discretized_logistic(3).sample(k, jnp.zeros(2)),
+        "discretized_logistic.sample": lambda k: vd.likelihoods.discretized_logistic(3).sample(
+            k, jnp.zeros(2)
+        ),
         "gaussian.sample": lambda k: vd.likelihoods.gaussian(1.0).sample(k, jnp.zeros(3)),
         "learned gaussian.sample": lambda k: vd.likelihoods.gaussian().sample(k, jnp.zeros(2)),
     }
-    for name, model, z in (("vae", vae, datum), ("deep", deep, datum), ("gmm", mixture, x[:2]), ("levels", levels, datum)):
+    for name, model, z in (
+        ("vae", vae, datum),
+        ("deep", deep, datum),
+        ("gmm", mixture, x[:2]),
+        ("levels", levels, datum),
+    ):
         takers |= {
             f"{name}.init": model.init,
             f"{name}.sample": lambda k, m=model: m.sample(k, m.init(key)),
@@ -147,7 +156,9 @@ TAKERS = takers_of_a_key()
 
 @pytest.mark.parametrize("name", TAKERS)
 def test_a_raw_key_is_refused_everywhere(name):
-    with pytest.raises(TypeError, match=r"key: got uint32\[2\], expected a typed key; make it with jax.random.key"):
+    with pytest.raises(
+        TypeError, match=r"key: got uint32\[2\], expected a typed key; make it with jax.random.key"
+    ):
         TAKERS[name](jax.random.PRNGKey(0))
 
 
@@ -163,7 +174,9 @@ def test_elbo_estimate_of_five_functions(name):
     # Shifted so that the score form, which has no baseline, is not all noise.
     model = toy.model._replace(log_joint=lambda params, x, z: toy.model.log_joint(params, x, z) - value)
     objective = {"elbo": lambda key, params, x: {"elbo": model.elbo_estimate(key, params, x)}}
-    values, draws = toys.gradient_draws(objective, toy.params, toy.data, 160_000 if name == "bernoulli" else 60_000)["elbo"]
+    values, draws = toys.gradient_draws(
+        objective, toy.params, toy.data, 160_000 if name == "bernoulli" else 60_000
+    )["elbo"]
     assert toys.z_scores(values[:, None], 0.0) < 5.0
     toys.check_unbiased(draws, gradient)
 
@@ -179,10 +192,12 @@ def test_elbo_estimate_is_the_log_weight_of_its_draw(key, name):
 
 def test_elbo_estimate_is_the_sum_of_elbo_terms(key):
     toy = toys.toy("linear2")
-    model = toy.model._replace(elbo_terms=lambda key, params, x: {"a": jnp.sum(x), "b": jnp.sum(params.phi["loc"])})
+    model = toy.model._replace(
+        elbo_terms=lambda key, params, x: {"a": jnp.sum(x), "b": jnp.sum(params.phi["loc"])}
+    )
     x = jnp.asarray(toy.data[0])
-    expected = np.sum(toy.data[0]) + np.sum(toy.params.phi["loc"])
-    assert model.elbo_estimate(key, toy.params, x) == pytest.approx(expected, rel=1e-6)
+    expected = np.sum(toy.data[0]) + np.sum(np.asarray(toy.params.phi["loc"]))
+    assert model.elbo_estimate(key, toy.params, x) == pytest.approx(float(expected), rel=1e-6)
     gradient = jax.grad(model.elbo_estimate, argnums=1)(key, toy.params, x)
     np.testing.assert_array_equal(gradient.phi["loc"], np.ones(2))
     assert not np.any(toys.flat_single(gradient.lam))

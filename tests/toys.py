@@ -25,6 +25,10 @@ CHUNK = 20_000
 LOG_2_PI = math.log(2 * math.pi)
 
 
+# Most of the time here goes into compiling: without optimisation it takes less than half of it.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def log_normal(x, loc, log_scale):
     """Log N(x; loc, exp(log_scale)^2) summed, written here so that vdiff's is not its own judge."""
     return jnp.sum(-0.5 * ((x - loc) / jnp.exp(log_scale)) ** 2 - log_scale - 0.5 * LOG_2_PI)
@@ -66,9 +70,7 @@ def linear_gaussian(latent_dim=1):
 
     def log_q(params, x, z):
         lam = params.lam
-        eps = jax.scipy.linalg.solve_triangular(
-            _factor(lam), z - lam["weight"] @ x - lam["bias"], lower=True
-        )
+        eps = jax.scipy.linalg.solve_triangular(_factor(lam), z - lam["weight"] @ x - lam["bias"], lower=True)
         return log_normal(eps, jnp.zeros_like(eps), jnp.zeros_like(eps)) - jnp.sum(lam["log_diag"])
 
     def init(key):
@@ -130,7 +132,9 @@ def linear_gaussian_elbo(params, x):
     spread = theta["weight"] @ factor
     dim, latent_dim = theta["weight"].shape
     likelihood = (
-        -0.5 * (jnp.sum(residual**2) + jnp.sum(spread**2)) / SCALE**2 - dim * math.log(SCALE) - dim / 2 * LOG_2_PI
+        -0.5 * (jnp.sum(residual**2) + jnp.sum(spread**2)) / SCALE**2
+        - dim * math.log(SCALE)
+        - dim / 2 * LOG_2_PI
     )
     prior = -0.5 * (jnp.sum((loc - params.phi["loc"]) ** 2) + jnp.sum(factor**2)) - latent_dim / 2 * LOG_2_PI
     return likelihood + prior + jnp.sum(lam["log_diag"]) + latent_dim / 2 * (1 + LOG_2_PI)
@@ -332,12 +336,12 @@ def exact_expectations(toy, num_draws, alphas=(1.0, 0.0, 0.5, 2.0), num_nodes=No
     Returns:
         {alpha: (value, Params of gradients)}, NumPy.
     """
-    if num_nodes is None:
-        per_dim = {1: 40, 2: 24, 3: 20, 5: 16, 8: 12} if toy.noise_dim < 2 else {1: 30, 2: 12, 3: 8}
-        num_nodes = per_dim[num_draws]
     if toy.transport is None:
         num_values = len(BITS)
     else:
+        if num_nodes is None:
+            per_dim = {1: 40, 2: 24, 3: 20, 5: 16, 8: 12} if toy.noise_dim < 2 else {1: 30, 2: 12, 3: 8}
+            num_nodes = per_dim[num_draws]
         nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
         eps = np.array(list(itertools.product(nodes, repeat=toy.noise_dim)))
         log_mass = np.log(weights / weights.sum())
@@ -378,7 +382,7 @@ def in_float64(function, *args):
             leaf = np.asarray(leaf)
             return jnp.asarray(leaf, jnp.float64 if leaf.dtype.kind == "f" else leaf.dtype)
 
-        return jax.device_get(jax.jit(function)(*jax.tree.map(widen, args)))
+        return jax.device_get(quick_jit(function)(*jax.tree.map(widen, args)))
 
 
 # Monte Carlo, judged.
@@ -415,19 +419,21 @@ def gradient_draws(objectives, params, data, num_draws, seed=0):
             for name, objective in objectives.items()
         }
 
-    run = jax.jit(jax.vmap(all_of_them, in_axes=(None, 0)))
+    run = quick_jit(jax.vmap(all_of_them, in_axes=(None, 0)))
     num_chunks = -(-num_draws // CHUNK)
     keys = jax.random.split(jax.random.key(seed), (num_chunks, min(num_draws, CHUNK)))
     runs = [jax.device_get(run(params, chunk)) for chunk in keys]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_draws], *runs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(quick_jit, static_argnums=(0, 4))
 def log_weights(model, key, params, x, num_samples):
     """Evaluate log p(x, z_k) - log q(z_k | x) at the K draws that an estimator makes with this key."""
     z = draw(model, key, params, x, num_samples)
     over_draws = {"in_axes": (None, None, 0), "axis_size": num_samples}
-    return jax.vmap(model.log_joint, **over_draws)(params, x, z) - jax.vmap(model.log_q, **over_draws)(params, x, z)
+    return jax.vmap(model.log_joint, **over_draws)(params, x, z) - jax.vmap(model.log_q, **over_draws)(
+        params, x, z
+    )
 
 
 def z_scores(draws, exact):
@@ -444,7 +450,10 @@ def check_unbiased(draws, exact, parts=("theta", "phi", "lam")):
     of the norm is 5 standard errors.
     """
     for part in parts:
-        one, other = flat(getattr(draws, part)), flat(jax.tree.map(lambda v: np.asarray(v)[None], getattr(exact, part)))[0]
+        one, other = (
+            flat(getattr(draws, part)),
+            flat(jax.tree.map(lambda v: np.asarray(v)[None], getattr(exact, part)))[0],
+        )
         norm = np.linalg.norm(other)
         along = one @ (other / norm)
         std_error = np.std(along, ddof=1) / math.sqrt(len(along))
@@ -464,17 +473,21 @@ def exact(name, num_samples):
     return exact_expectations(toy(name), num_samples)
 
 
-def single_draws(objectives, key, params, x):
-    """Return {name: (terms, Params of gradients)} of one datum with one key, compiled together."""
+def single_draws(objectives, keys, params, data):
+    """Return {name: (terms, Params of gradients)}, one key and datum a row, compiled together."""
 
-    def one(objective):
+    def one(objective, key, params, x):
         def summed(params):
             terms = objective(key, params, x)
             return sum(terms.values()), terms
 
         return jax.grad(summed, has_aux=True)(params)[::-1]
 
-    return jax.device_get(jax.jit(lambda: {name: one(o) for name, o in objectives.items()})())
+    def all_of_them(key, params, x):
+        return {name: one(objective, key, params, x) for name, objective in objectives.items()}
+
+    run = quick_jit(jax.vmap(all_of_them, in_axes=(0, None, 0)))
+    return jax.device_get(run(keys, params, jnp.asarray(data)))
 
 
 @functools.cache

@@ -50,9 +50,14 @@ def test_value_and_gradient_are_exact():
 def test_it_is_the_mean_of_score_function():
     """And so an estimator of the same quantity; 40,000 draws."""
     toy = toys.toy("bernoulli")
-    runs = toys.gradient_draws({"elbo": vd.score_function(toy.model, vd.elbo, 5)}, toy.params, toy.data, 60_000)
+    runs = toys.gradient_draws(
+        {"elbo": vd.score_function(toy.model, vd.elbo, 5)}, toy.params, toy.data, 60_000
+    )
     objective = vd.total(vd.enumerated(toy.model, toys.BITS))
-    sums = [jax.value_and_grad(objective, argnums=1)(jax.random.key(0), toy.params, jnp.asarray(x)) for x in toy.data]
+    sums = [
+        jax.value_and_grad(objective, argnums=1)(jax.random.key(0), toy.params, jnp.asarray(x))
+        for x in toy.data
+    ]
     gradient = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *[g for _, g in sums])
     assert toys.z_scores(runs["elbo"][0][:, None], np.mean([v for v, _ in sums])) < 5.0
     toys.check_unbiased(runs["elbo"][1], gradient)
@@ -97,12 +102,16 @@ def test_a_support_of_pytrees():
 
     def log_q(params, x, z):
         on = z["b"].astype(jnp.float32)
-        return z["a"].astype(jnp.float32) * jnp.log(0.3) + (1 - z["a"]).astype(jnp.float32) * jnp.log(0.7) + (
-            on * jnp.log(0.9) + (1 - on) * jnp.log(0.1)
+        return (
+            z["a"].astype(jnp.float32) * jnp.log(0.3)
+            + (1 - z["a"]).astype(jnp.float32) * jnp.log(0.7)
+            + (on * jnp.log(0.9) + (1 - on) * jnp.log(0.1))
         )
 
     def log_joint(params, x, z):
-        return log_q(params, x, z) + params.theta * (z["a"].astype(jnp.float32) + 2 * z["b"].astype(jnp.float32))
+        return log_q(params, x, z) + params.theta * (
+            z["a"].astype(jnp.float32) + 2 * z["b"].astype(jnp.float32)
+        )
 
     model = vd.Model(lambda key: vd.Params(), log_joint, log_q, lambda *args: None, lambda *args: None)
     objective = vd.enumerated(model, bits)

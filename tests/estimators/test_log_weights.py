@@ -80,7 +80,9 @@ def test_the_encoder_runs_once():
     params, x = model.init(jax.random.key(0)), jnp.zeros(64, jnp.int32)
 
     def flops(num_samples):
-        compiled = jax.jit(draw, static_argnums=(0, 4)).lower(model, jax.random.key(0), params, x, num_samples)
+        compiled = jax.jit(draw, static_argnums=(0, 4)).lower(
+            model, jax.random.key(0), params, x, num_samples
+        )
         return compiled.compile().cost_analysis()["flops"]
 
     encoder = 2 * (64 * 128 + 128 * 4)

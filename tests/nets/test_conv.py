@@ -7,11 +7,17 @@ import pytest
 
 from vdiff.nets import conv_decoder, conv_encoder
 
-SHAPES = [(8, 8, 1), (7, 5, 3), (1, 1, 2), (6, 9, 1)]
+SHAPES = [(8, 6, 1), (7, 5, 3), (1, 1, 2)]
 
 
 def wide(tree):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def draw_params(net):
+    """Parameters of the network's shapes, the biases too."""
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(net.init, jax.random.key(0))
+    return jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype), shapes)
 
 
 def convolve(x, kernel, bias, stride):
@@ -41,7 +47,7 @@ def transpose(x, kernel, bias):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encoder_is_strided_convolutions(key, shape):
     net = conv_encoder(shape, 4, features=(3, 5), hidden=6, activation=jnp.tanh)
-    params = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(net.init)(key))
+    params = draw_params(net)
     x = jax.random.normal(jax.random.key(1), shape)
     p, h = wide(params), np.asarray(x, np.float64)
     for i in range(2):
@@ -52,11 +58,11 @@ def test_encoder_is_strided_convolutions(key, shape):
     np.testing.assert_allclose(out, h @ p["Dense_1"]["kernel"] + p["Dense_1"]["bias"], rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (7, 5, 3, 2)])
+@pytest.mark.parametrize("shape", [*SHAPES[::2], (7, 5, 3, 2)])
 def test_decoder_is_transposed_convolutions_cropped(key, shape):
     """Trailing axes are channels, row by row; what is cropped is the far end."""
     net = conv_decoder(2, shape, features=(3, 5), hidden=6, activation=jnp.tanh, out_bias=0.7)
-    params = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(net.init)(key))
+    params = draw_params(net)
     z = jax.random.normal(jax.random.key(1), (2,))
     p, h = wide(params), np.asarray(z, np.float64)
     for name in ("Dense_0", "Dense_1"):
@@ -73,7 +79,7 @@ def test_decoder_is_transposed_convolutions_cropped(key, shape):
 
 def test_decoder_of_an_odd_image_is_the_even_one_cropped(key):
     odd, even = (conv_decoder(2, shape, features=(3, 4), hidden=5) for shape in ((7, 5, 2), (8, 8, 2)))
-    params, z = jax.jit(even.init)(key), jnp.array([0.4, -1.0])
+    params, z = draw_params(even), jnp.array([0.4, -1.0])
     np.testing.assert_array_equal(odd.apply(params, z), even.apply(params, z)[:7, :5])
 
 
@@ -81,8 +87,10 @@ def test_decoder_shifts_with_what_it_is_given(key):
     """One step on the coarse grid is 2 x 2 = 4 pixels of the image, away from its edges."""
     net = conv_decoder(1, (32, 32, 1), features=(3, 4), hidden=2, activation=jnp.tanh)
 
+    kept = jax.jit(net.init)(key)
+
     def image(i, j):
-        params = jax.jit(net.init)(key)
+        params = {**kept}
         grid = np.zeros((8, 8, 3), np.float32)
         grid[i, j] = [1.0, -2.0, 0.5]
         params["Dense_1"] = {"kernel": jnp.zeros((2, 192)), "bias": jnp.asarray(grid.ravel())}

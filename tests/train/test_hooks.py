@@ -48,7 +48,7 @@ def test_rows_are_the_metrics_of_their_steps(tmp_path):
         {"step": 3, "objective": -12.5, "kl": -0.25},
         {"step": 6, "objective": -11.0, "kl": -0.5, "test_elbo": -13.0},
     ]
-    assert 0.05 <= rows[1]["seconds"] - rows[0]["seconds"] < 1.0
+    assert 0.045 < rows[1]["seconds"] - rows[0]["seconds"] < 5.0
 
 
 def test_rows_of_a_fit_are_those_of_its_hooks(tmp_path):
@@ -83,7 +83,7 @@ def test_a_resumed_file_drops_what_the_run_forgot(tmp_path):
     hook.call(150, STATE, {"objective": -6.0})
     *before, last = read(path)
     assert before == kept and last["step"] == 150 and last["objective"] == -6.0
-    assert 100.0 <= last["seconds"] < 101.0
+    assert 100.0 <= last["seconds"] < 105.0
 
 
 def test_a_line_cut_before_the_start_is_dropped_too(tmp_path):
@@ -100,7 +100,7 @@ def test_a_new_run_starts_a_new_file(tmp_path):
     assert path.read_text() == ""
     hook.call(50, STATE, {"objective": -1.0})
     (row,) = read(path)
-    assert row["objective"] == -1.0 and row["seconds"] < 1.0
+    assert row["objective"] == -1.0 and row["seconds"] < 5.0
 
 
 def test_a_resumed_run_without_a_file_starts_one(tmp_path):
