@@ -1,6 +1,7 @@
 """How every experiment trains: Adam on an objective, from the last checkpoint, with all that a run reports."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,7 +83,14 @@ def train(
     ):
         rows = write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every)
         saving = vd.checkpoint_every(config.checkpoint_every, checkpoints)
-        all_hooks = (stop_if_diverged(every=config.log_every), *hooks, bar, rows, events, saving)
+        all_hooks = (
+            stop_if_diverged(every=math.gcd(config.log_every, config.checkpoint_every)),
+            *hooks,
+            bar,
+            rows,
+            events,
+            saving,
+        )
         state = vd.fit(state, step, batches, config.num_steps, hooks=all_hooks, should_stop=stop)
     if stop() and int(state.step) < config.num_steps:
         raise runs.Stopped(stop.number)

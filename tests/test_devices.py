@@ -158,6 +158,8 @@ def sharding(start, steps, batches):
         "axis_names": list(mesh.axis_names),
         "num_devices": mesh.size,
         "shard_shapes": sorted({shard.data.shape[0] for shard in shards.addressable_shards}),
+        "placed_by_jit": sorted({s.data.shape[:2] for s in steps["jit"].place(x[None]).addressable_shards}),
+        "placed_by_pmap": steps["pmap"].place(x[None]).shape[:3],
         "same_values": bool(np.array_equal(np.asarray(shards), x)),
         "distance": distance(*ends),
     }
@@ -252,7 +254,9 @@ def test_batches_that_do_not_divide_are_refused_with_the_numbers_that_would(resu
 def test_shard_batch_splits_and_keeps(result):
     found = result["sharding"]
     assert found["axis_names"] == ["data"] and found["num_devices"] == NUM_DEVICES
-    assert found["shard_shapes"] == [BATCH_SIZE // NUM_DEVICES] and found["same_values"]
+    share = BATCH_SIZE // NUM_DEVICES
+    assert found["placed_by_jit"] == [[1, share]] and found["placed_by_pmap"] == [NUM_DEVICES, 1, share]
+    assert found["shard_shapes"] == [share] and found["same_values"]
     assert found["distance"] == 0.0
 
 

@@ -68,19 +68,6 @@ def test_repeat_has_the_mean_and_a_share_of_the_variance(num_repeats):
     assert jax.grad(vd.total(repeated), argnums=1)(keys[0], PARAMS, X) == vd.Params(theta=3.0, phi=-1.0)
 
 
-def test_repeat_is_the_mean_of_independent_runs(key):
-    seen = []
-
-    def spy(key, params, x):
-        jax.debug.callback(lambda data: seen.append(tuple(data.ravel().tolist())), jax.random.key_data(key))
-        return noisy(key, params, x)
-
-    vd.repeat(spy, 5)(key, PARAMS, X)
-    jax.effects_barrier()
-    assert len(set(seen)) == 5
-    assert tuple(np.asarray(jax.random.key_data(key)).tolist()) not in seen
-
-
 def test_repeat_of_iwae_is_miwae():
     """M = 3 runs of K = 2: the expected value is that of IWAE with 2 draws, not with 6."""
     toy = toys.toy("bernoulli")

@@ -504,3 +504,15 @@ def test_parts_of_the_parameters(key, kind):
     # An array of latents, not a pair, without a prior's latent.
     z = model.sample_q(key, params, jnp.array([1, 0, 1]))
     assert (z.shape == (LATENT_DIM,)) if prior is None else (z[0].shape == (LATENT_DIM,) and z[1] == ())
+
+
+@pytest.mark.parametrize("kind", ["none", "gmm"])
+def test_parts_start_from_keys_of_their_own(key, kind):
+    """Networks whose parameters are the key that they were given, and a prior of the same kind."""
+    echo = vd.Network(jax.random.key_data, lambda params, x: x)
+    prior = None if kind == "none" else MIXTURE._replace(init=lambda key: vd.Params(theta=echo.init(key)))
+    model = vd.vae(echo, echo, latent_dim=2, likelihood=vd.likelihoods.gaussian(), prior=prior)
+    params = model.init(key)
+    parts = [params.theta, params.lam] if prior is None else [params.theta, *params.lam.values()]
+    parts = [tuple(np.asarray(part)) for part in [*parts, params.phi and params.phi["theta"]] if len(part)]
+    assert len(set(parts)) == len(parts) == (2 if prior is None else 3)

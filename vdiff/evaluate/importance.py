@@ -70,7 +70,10 @@ def importance_log_prob(
         value = sums.top + jnp.log(sums.first) - jnp.log(float(num_samples))
         inverse_ess = sums.second / jnp.square(sums.first)
         spread = jnp.maximum(inverse_ess - 1.0 / num_samples, 0.0)
-        correction = num_samples / (num_samples - 1) if num_samples > 1 else jnp.inf
-        return LogProb(value, jnp.sqrt(spread * correction), 1.0 / inverse_ess)
+        if num_samples == 1:
+            std_error = jnp.full_like(value, jnp.inf)
+        else:
+            std_error = jnp.sqrt(spread * (num_samples / (num_samples - 1)))
+        return LogProb(value, std_error, 1.0 / inverse_ess)
 
     return log_prob

@@ -103,9 +103,8 @@ def from_equinox(build: Callable[[Key], PyTree]) -> Network:
     """
     import equinox as eqx
 
-    abstract = eqx.filter_eval_shape(build, jax.random.key(0))
-    is_param = jax.tree.map(eqx.is_inexact_array_like, abstract)
-    _, static = eqx.partition(abstract, is_param)
+    # A real module, not an abstract one: what is no parameter, such as an integer array, keeps its values.
+    _, static = eqx.partition(build(jax.random.key(0)), eqx.is_inexact_array)
 
     def init(key: Key) -> PyTree:
         return eqx.filter(build(check_key(key)), eqx.is_inexact_array)

@@ -7,6 +7,7 @@ whole, so that a run killed while saving keeps the one before.
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import jax
@@ -32,11 +33,18 @@ def save(directory: str | Path, state: TrainState, *, max_to_keep: int = 3) -> N
         OSError: if the disk does not take it; earlier checkpoints stay whole.
     """
     with _manager(directory, max_to_keep) as manager:
-        step = int(state.step)
+        step, newest = int(state.step), manager.latest_step()
+        if newest is not None and step < newest:
+            raise ValueError(
+                f"directory: got {directory}, which holds step {newest}, expected none after step {step}; "
+                "choose another directory, or move the later checkpoints away"
+            )
         if step not in manager.all_steps():
             manager.save(step, args=ocp.args.StandardSave(state))
             folder = Path(directory).absolute() / str(step)
-            (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)))
+            temporary = folder.with_name(f"{step}.{_CHECKSUMS}")
+            temporary.write_text(json.dumps(_checksums(folder)))
+            os.replace(temporary, folder / _CHECKSUMS)
 
 
 def latest_step(directory: str | Path) -> int | None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from vdiff.train.step import Metrics, TrainState, TrainStep, many_steps
 from vdiff.types import PyTree
@@ -107,7 +108,7 @@ def pmap_step(step: TrainStep, axis_name: str = "data") -> CompiledStep:
     def place(batches: PyTree) -> PyTree:
         _check_divides(batches, axis=1, num_devices=len(devices))
 
-        def split(leaf: np.ndarray) -> np.ndarray:
+        def split(leaf: Array | np.ndarray) -> Array | np.ndarray:
             shares = np.reshape(leaf, (leaf.shape[0], len(devices), -1, *leaf.shape[2:]))
             return np.moveaxis(shares, 1, 0)
 

@@ -136,7 +136,7 @@ def make_train_step(
         time = state.step.astype(jnp.float32)
         decay = jnp.minimum(ema_decay, (1.0 + time) / (10.0 + time))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay)
-        metrics = {**terms, "objective": -negative, "grad_norm": optax.global_norm(grads)}
+        metrics = {**terms, "objective": -negative, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, ema, opt_state, state.key, aux), metrics
 
     return train_step
