@@ -247,7 +247,7 @@ def show(
         def picture(y: jax.Array) -> np.ndarray:
             return np.clip(np.reshape(y, (-1, *problem.shape)), 0.0, 1.0)
 
-        report.image_grid(picture(draws[:100]), directory / "samples.png", columns=10)
+        report.image_grid(picture(draws[:100]), directory / "samples.png", columns=20)
         report.reconstruction_grid(
             picture(centred), picture(posterior @ loc), directory / "reconstructions.png"
         )

@@ -229,7 +229,7 @@ def show(
     samples = np.clip(to_unit(decode(params, z)), 0.0, 1.0)
     reconstructions = np.clip(to_unit(decode(params, loc[:20])), 0.0, 1.0)
 
-    report.image_grid(samples, directory / "samples.png", columns=10)
+    report.image_grid(samples, directory / "samples.png", columns=20)
     report.reconstruction_grid(test[:20] / top, reconstructions, directory / "reconstructions.png")
     points, names = loc, ("$z_1$", "$z_2$")
     if config.latent_dim > 2:

@@ -78,10 +78,10 @@ def renyi(alpha: float) -> Bound:
         chex.assert_rank(log_weights, 1)
         mean = jnp.mean(log_weights)
         spread = order * (log_weights - mean)
-        is_small = jnp.max(jnp.abs(spread)) < 1.0
-        near = jnp.log1p(jnp.mean(jnp.expm1(jnp.where(is_small, spread, 0.0))))
-        far = logsumexp(spread) - math.log(log_weights.shape[0])
-        return mean + jnp.where(is_small, near, far) / order
+        is_small = jnp.max(jnp.abs(spread)) < 1.0  # False for the NaN of a weight of zero
+        near = mean + jnp.log1p(jnp.mean(jnp.expm1(jnp.where(is_small, spread, 0.0)))) / order
+        far = (logsumexp(order * log_weights) - math.log(log_weights.shape[0])) / order
+        return jnp.where(is_small, near, far)
 
     bound.__name__ = "renyi"
     return bound

@@ -50,8 +50,9 @@ def categorical_log_prob(k: Array, logits: Float[Array, "*n levels"]) -> Float[A
 
     A level outside 0..levels-1 gives NaN.
     """
-    log_p = jax.nn.log_softmax(logits)
-    return jnp.take_along_axis(log_p, k.astype(jnp.int32)[..., None], axis=-1)[..., 0]
+    k = k.astype(jnp.int32)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), k[..., None], axis=-1)[..., 0]
+    return jnp.where((k >= 0) & (k < logits.shape[-1]), log_p, jnp.nan)
 
 
 def discretized_logistic_log_prob(

@@ -20,7 +20,7 @@ from vdiff.densities import (
     discretized_logistic_log_prob,
     normal_log_prob,
 )
-from vdiff.types import Key, Likelihood
+from vdiff.types import Key, Likelihood, check_key
 
 
 def _embed_levels(x: Array, levels: int) -> Array:
@@ -41,7 +41,7 @@ def bernoulli() -> Likelihood:
     """
     return Likelihood(
         log_prob=lambda out, x: jnp.sum(bernoulli_log_prob(x, out)),
-        sample=lambda key, out: jax.random.bernoulli(key, jax.nn.sigmoid(out)).astype(jnp.int32),
+        sample=lambda key, out: jax.random.bernoulli(check_key(key), jax.nn.sigmoid(out)).astype(jnp.int32),
         mean=jax.nn.sigmoid,
         embed=lambda x: _embed_levels(x, 2),
         out_shape=lambda shape: shape,
@@ -63,7 +63,7 @@ def categorical(levels: int) -> Likelihood:
     _check_levels(levels)
     return Likelihood(
         log_prob=lambda out, x: jnp.sum(categorical_log_prob(x, out)),
-        sample=lambda key, out: jax.random.categorical(key, out).astype(jnp.int32),
+        sample=lambda key, out: jax.random.categorical(check_key(key), out).astype(jnp.int32),
         mean=lambda out: jax.nn.softmax(out) @ jnp.arange(levels, dtype=out.dtype),
         embed=lambda x: _embed_levels(x, levels),
         out_shape=lambda shape: (*shape, levels),
@@ -89,7 +89,7 @@ def discretized_logistic(levels: int) -> Likelihood:
 
     def sample(key: Key, out: Array) -> Array:
         loc, log_scale = out[..., 0], out[..., 1]
-        y = loc + jnp.exp(log_scale) * jax.random.logistic(key, loc.shape, loc.dtype)
+        y = loc + jnp.exp(log_scale) * jax.random.logistic(check_key(key), loc.shape, loc.dtype)
         k = jnp.round((y + 1.0) * ((levels - 1) / 2.0))
         return jnp.clip(k, 0, levels - 1).astype(jnp.int32)
 
@@ -125,7 +125,8 @@ def gaussian(scale: float | None = None) -> Likelihood:
         return Likelihood(
             log_prob=lambda out, x: jnp.sum(normal_log_prob(x, out[..., 0], out[..., 1])),
             sample=lambda key, out: (
-                out[..., 0] + jnp.exp(out[..., 1]) * jax.random.normal(key, out[..., 0].shape, out.dtype)
+                out[..., 0]
+                + jnp.exp(out[..., 1]) * jax.random.normal(check_key(key), out[..., 0].shape, out.dtype)
             ),
             mean=lambda out: out[..., 0],
             embed=lambda x: x,
@@ -136,7 +137,7 @@ def gaussian(scale: float | None = None) -> Likelihood:
     log_scale = math.log(scale)
     return Likelihood(
         log_prob=lambda out, x: jnp.sum(normal_log_prob(x, out, jnp.full_like(out, log_scale))),
-        sample=lambda key, out: out + scale * jax.random.normal(key, out.shape, out.dtype),
+        sample=lambda key, out: out + scale * jax.random.normal(check_key(key), out.shape, out.dtype),
         mean=lambda out: out,
         embed=lambda x: x,
         out_shape=lambda shape: shape,

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vdiff.types import Key
+from vdiff.types import Key, check_key
 
 Transform = Callable[[Key, Array], Array]
 
@@ -36,7 +36,7 @@ def binarize(levels: int) -> Transform:
 
     def transform(key: Key, k: Array) -> Int[Array, "..."]:
         probability = k.astype(jnp.float32) / (levels - 1)
-        return jax.random.bernoulli(key, probability).astype(jnp.int32)
+        return jax.random.bernoulli(check_key(key), probability).astype(jnp.int32)
 
     return transform
 
@@ -52,7 +52,10 @@ def dequantize(levels: int) -> Transform:
     """
 
     def transform(key: Key, k: Array) -> Float[Array, "..."]:
-        return (k.astype(jnp.float32) + jax.random.uniform(key, k.shape)) / levels
+        k = k.astype(jnp.float32)
+        y = k + jax.random.uniform(check_key(key), k.shape)
+        # A sum that float32 rounds up to the next level is taken back into its bin.
+        return jnp.minimum(y, jnp.nextafter(k + 1.0, 0.0)) / levels
 
     return transform
 

@@ -182,9 +182,12 @@ def check_key(key: Key) -> Key:
     """Return the key, or refuse what is not one typed key.
 
     Raises:
-        TypeError: if `key` is a raw integer array, as `jax.random.PRNGKey` makes.
+        TypeError: if `key` is a raw integer array, as `jax.random.PRNGKey` makes, or an array of keys.
     """
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if is_typed and key.ndim == 0:
         return key
+    if is_typed:
+        raise TypeError(f"key: got {list(key.shape)} keys, expected a typed key, one; map over keys with jax.vmap")
     got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
     raise TypeError(f"key: got {got}, expected a typed key; make it with jax.random.key(seed)")

@@ -98,7 +98,7 @@ def test_steps_may_be_numpy_integers():
         (((images(), images()), 2, 0), TypeError, "images: got tuple, expected one NumPy array"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, error, line):
+def test_bad_arguments_are_refused(arguments, error, line, unchecked):
     with pytest.raises(error, match=line):
         batches(*arguments)
 

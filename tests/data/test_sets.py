@@ -409,6 +409,6 @@ def test_check_images_lets_good_images_pass():
         ([[0]], 17, "^held out: got list, expected a NumPy array; use np.asarray"),
     ],
 )
-def test_check_images_names_the_first_bad_pixel(images, levels, line):
+def test_check_images_names_the_first_bad_pixel(images, levels, line, unchecked):
     with pytest.raises(ValueError, match=line):
         check_images(images, levels, "held out")

@@ -7,7 +7,6 @@ import time
 import jax
 import jax.monitoring
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -40,14 +39,6 @@ def leaves(state):
 def equal(one, other):
     for a, b in zip(leaves(one), leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-@pytest.fixture
-def unchecked():
-    """Let a wrong type pass the tests' own check of annotations, as it does at a user's."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def batches(images: np.ndarray, batch_size: int, seed: int) -> Callable[[int], n
     seed = _check_integer(seed, "seed", at_least=0)
     permutations: dict[int, np.ndarray] = {}
 
-    def batch(step: int) -> np.ndarray:
+    def batch(step: int | np.integer) -> np.ndarray:
         nonlocal permutations
         start = _check_integer(step, "step", at_least=0) * batch_size
         stop = start + batch_size
@@ -64,7 +64,7 @@ def _permutation(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(num_images)
 
 
-def _check_integer(value: int, name: str, *, at_least: int) -> int:
+def _check_integer(value: int | np.integer, name: str, *, at_least: int) -> int:
     try:
         value = operator.index(value)
     except TypeError as error:
