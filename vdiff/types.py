@@ -188,6 +188,8 @@ def check_key(key: Key) -> Key:
     if is_typed and key.ndim == 0:
         return key
     if is_typed:
-        raise TypeError(f"key: got {list(key.shape)} keys, expected a typed key, one; map over keys with jax.vmap")
+        raise TypeError(
+            f"key: got {list(key.shape)} keys, expected a typed key, one; map over keys with jax.vmap"
+        )
     got = f"{key.dtype}{list(key.shape)}" if hasattr(key, "dtype") else repr(key)
     raise TypeError(f"key: got {got}, expected a typed key; make it with jax.random.key(seed)")

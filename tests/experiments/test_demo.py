@@ -2,7 +2,11 @@
 
 import dataclasses
 
+import pytest
+
 from experiments import demo
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_demo_writes_one_page_that_links_every_run(tmp_path, capsys):

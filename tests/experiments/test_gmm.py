@@ -9,6 +9,8 @@ import pytest
 import vdiff as vd
 from experiments import gmm
 
+pytestmark = pytest.mark.slow
+
 
 def test_two_clusters_em_and_gradient_reach_the_same_likelihood(tmp_path):
     result = gmm.run(dataclasses.replace(gmm.PRESETS["clusters"][1], run_dir=tmp_path / "run"))

@@ -185,6 +185,7 @@ def test_unknown_flags_and_presets_exit_with_code_2():
         assert arguments[-2 if len(arguments) > 1 else -1].strip("-") in (done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, tmp_path):
     def command(directory):

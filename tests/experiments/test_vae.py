@@ -10,6 +10,8 @@ import pytest
 import vdiff as vd
 from experiments import pixels, training, vae
 
+pytestmark = pytest.mark.slow
+
 
 def config_of(directory, **changes):
     settings = {"hidden": (32,), "latent_dim": 3, "num_steps": 60, "eval_samples": 20, "eval_images": 50}
