@@ -253,3 +253,21 @@ def test_many_steps_of_one_is_the_step_itself():
     single, row = jax.jit(step)(start(np.ones(3), optimizer), x)
     equal(state, single)
     equal(metrics, row)
+
+
+def test_a_weakly_typed_start_compiles_the_step_once():
+    def init(key):
+        return vd.Params(theta=jnp.array(2.0))  # weakly typed, as users write
+
+    model = vd.Model(init, None, None, None, None)
+    traces = []
+
+    def objective(key, params, x):
+        traces.append(1)
+        return {"elbo": -jnp.square(params.theta - x)}
+
+    step = jax.jit(vd.make_train_step(objective, optax.sgd(0.1)))
+    state = vd.init_state(jax.random.key(0), model, optax.sgd(0.1))
+    for _ in range(3):
+        state, _ = step(state, jnp.ones(4))
+    assert len(traces) == 1

@@ -38,7 +38,9 @@ def dequantized(model: ModelLike, levels: int) -> Model:
         raise ValueError(f"levels: got {levels}, expected at least 2; count the values a pixel can take")
 
     def to_unit(x: Array, u: Array) -> Array:
-        return (x.astype(jnp.float32) + u) / levels
+        k = x.astype(jnp.float32)
+        # A sum that float32 rounds up to the next level is taken back into its bin.
+        return jnp.minimum(k + u, jnp.nextafter(k + 1.0, 0.0)) / levels
 
     def log_joint(params: Params, x: Array, z: tuple[Array, PyTree]) -> Array:
         u, z = z

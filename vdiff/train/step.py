@@ -58,7 +58,8 @@ def init_state(key: Key, model: ModelLike, optimizer: optax.GradientTransformati
         TypeError: if `key` is not a typed key.
     """
     key_init, key_run = jax.random.split(check_key(key))
-    params = jax.jit(model.init)(key_init)
+    # Strongly typed, as every later state is: a weakly typed leaf would compile the step twice.
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), jax.jit(model.init)(key_init))
     # A copy, since a donated state must not hold one buffer twice.
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run)
