@@ -1,5 +1,7 @@
 """The bounds against NumPy in float64, their limits, and the model whose log p(x) is known."""
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +163,20 @@ def test_bounds_map_over_a_batch():
 def test_renyi_refuses_an_infinite_order(alpha):
     with pytest.raises(ValueError, match="alpha: got .*, expected a finite number"):
         vd.renyi(alpha)
+
+
+SHIFT = jax.jit(lambda log_weights, by: (vd.elbo(log_weights + by), vd.iwae(log_weights + by)))
+
+
+@hypothesis.settings(deadline=None, derandomize=True)
+@hypothesis.given(
+    log_weights=st.lists(st.floats(-50, 50, width=32), min_size=5, max_size=5),
+    by=st.floats(-50, 50, width=32),
+)
+def test_bounds_are_ordered_move_with_a_constant_and_lie_between_the_extremes(log_weights, by):
+    log_weights = np.array(log_weights, np.float32)
+    elbo, iwae = (float(value) for value in SHIFT(log_weights, np.float32(0)))
+    slack = 1e-5 * (1 + np.max(np.abs(log_weights)))
+    assert log_weights.min() - slack <= elbo <= iwae + slack <= log_weights.max() + 2 * slack
+    moved = np.array(SHIFT(log_weights, np.float32(by)), np.float64)
+    np.testing.assert_allclose(moved, np.array([elbo, iwae]) + by, atol=3 * (slack + 1e-5 * abs(by)))
