@@ -257,7 +257,7 @@ def show(
     return report.write_page(
         directory,
         title=f"Variational autoencoder on {problem.dataset.name}",
-        lead="A deep latent Gaussian, its posterior amortised by a network, trained by its ELBO.",
+        lead="A deep latent Gaussian, its posterior amortised by a network, trained by a bound on log p(x).",
         headline=[
             report.Tile("log p(x)", log_prob["value"], log_prob["std_error"], "nats per datum", draws),
             report.Tile(
