@@ -16,6 +16,7 @@ RANK = {
     "likelihoods": 1,
     "bounds": 1,
     "transforms": 1,
+    "relaxations": 1,
     "nets": 1,
     "data": 1,
     "models": 2,

@@ -18,6 +18,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax.scipy.special import logsumexp
 
+import vdiff as vd
 from vdiff import Model, Params
 from vdiff.estimators.log_weights import draw
 
@@ -42,6 +43,9 @@ class Toy(NamedTuple):
     data: np.ndarray
     transport: Callable | None  # (params, x, eps [noise_dim]) -> z
     noise_dim: int = 0
+    # Where z is not a function of normals alone: (params, x, eps [n, noise_dim], log_mass [n]) -> z [N], log p [N]
+    support: Callable | None = None
+    logits: Callable | None = None  # (params, x) -> logits of a discrete q
 
 
 # A linear-Gaussian model: z ~ N(loc, I), x | z ~ N(weight z + bias, 0.7^2), q(z | x) = N(A x + c, L L^T).
@@ -245,7 +249,132 @@ def bernoulli_latent():
         lambda key, params, x: bits(key, q_logits(params, x)),
         sample,
     )
-    return Toy(model, params, np.array([[1.6, 0.2], [1.1, 0.9], [2.1, -0.8]], np.float32), None)
+
+    def support(params, x, eps, log_mass):
+        return jnp.asarray(BITS), jax.vmap(model.log_q, in_axes=(None, None, 0))(params, x, jnp.asarray(BITS))
+
+    data = np.array([[1.6, 0.2], [1.1, 0.9], [2.1, -0.8]], np.float32)
+    return Toy(model, params, data, None, support=support, logits=q_logits)
+
+
+# A categorical latent, one-hot.
+
+
+def categorical_latent():
+    """z one-hot in {0, 1}^3 (int32), p(z) = softmax(phi), x | z ~ N(tanh(W z), I), q(z | x) = softmax(A x + c)."""
+
+    def log_categorical(z, logits):
+        return jnp.sum(z.astype(logits.dtype) * jax.nn.log_softmax(logits))
+
+    def q_logits(params, x):
+        return params.lam["weight"] @ x + params.lam["bias"]
+
+    def loc(params, z):
+        return jnp.tanh(params.theta["weight"] @ z.astype(params.theta["weight"].dtype))
+
+    def log_joint(params, x, z):
+        return log_categorical(z, params.phi["logits"]) + log_normal(x, loc(params, z), jnp.zeros_like(x))
+
+    def draw_one_hot(key, logits):
+        return jax.nn.one_hot(jax.random.categorical(key, logits), 3, dtype=jnp.int32)
+
+    def sample(key, params):
+        key_z, key_x = jax.random.split(key)
+        z = draw_one_hot(key_z, params.phi["logits"])
+        return loc(params, z) + jax.random.normal(key_x, (2,)), z
+
+    params = Params(
+        theta={"weight": jnp.array([[1.0, -0.8, 0.3], [0.4, 0.9, -0.7]])},
+        phi={"logits": jnp.array([-0.5, 0.9, 0.2])},
+        lam={
+            "weight": jnp.array([[0.3, -0.2], [0.1, 0.4], [-0.3, 0.2]]),
+            "bias": jnp.array([-0.4, -0.9, 0.6]),
+        },
+    )
+    model = Model(
+        lambda key: params,
+        log_joint,
+        lambda params, x, z: log_categorical(z, q_logits(params, x)),
+        lambda key, params, x: draw_one_hot(key, q_logits(params, x)),
+        sample,
+    )
+
+    def support(params, x, eps, log_mass):
+        z = jnp.eye(3, dtype=jnp.int32)
+        return z, jax.vmap(model.log_q, in_axes=(None, None, 0))(params, x, z)
+
+    data = np.array([[1.6, 0.2], [1.1, 0.9], [2.1, -0.8]], np.float32)
+    return Toy(model, params, data, None, support=support, logits=q_logits)
+
+
+# A discrete latent and a continuous one, q in either order.
+
+
+def mixed_latents(is_discrete_first):
+    """c in {0, 1, 2}, u | c ~ N(m_c, 1), x | u ~ N(w u, 0.7^2)^2; q(c | x) q(u | x, c), or q(u | x) q(c | x, u)."""
+
+    def c_logits(params, x, u):
+        lam = params.lam
+        from_u = jnp.zeros_like(lam["of_u"]) if is_discrete_first else lam["of_u"] * u
+        return lam["weight"] @ x + from_u
+
+    def u_loc(params, x, c):
+        shift = params.lam["of_c"][c] if is_discrete_first else params.lam["of_c"][0]
+        return params.lam["slope"] @ x + shift
+
+    def log_q_discrete(params, x, z):
+        return jax.nn.log_softmax(c_logits(params, x, z["u"]))[z["c"]]
+
+    def log_q(params, x, z):
+        return log_q_discrete(params, x, z) + log_normal(
+            z["u"], u_loc(params, x, z["c"]), params.lam["log_scale"]
+        )
+
+    def log_joint(params, x, z):
+        theta, zero = params.theta, jnp.zeros_like(z["u"])
+        return (
+            jax.nn.log_softmax(params.phi["logits"])[z["c"]]
+            + log_normal(z["u"], theta["m"][z["c"]], zero)
+            + log_normal(x, theta["w"] * z["u"], jnp.full_like(x, math.log(SCALE)))
+        )
+
+    def transport(params, x, c, eps):
+        return u_loc(params, x, c) + jnp.exp(params.lam["log_scale"]) * eps
+
+    def sample_q(key, params, x):
+        key_c, key_u = jax.random.split(key)
+        eps = jax.random.normal(key_u)
+        u = transport(params, x, jnp.int32(0), eps)
+        c = jax.random.categorical(key_c, c_logits(params, x, u)).astype(jnp.int32)
+        return {"c": c, "u": transport(params, x, c, eps)}
+
+    def sample(key, params):
+        key_c, key_u, key_x = jax.random.split(key, 3)
+        c = jax.random.categorical(key_c, params.phi["logits"]).astype(jnp.int32)
+        u = params.theta["m"][c] + jax.random.normal(key_u)
+        return params.theta["w"] * u + SCALE * jax.random.normal(key_x, (2,)), {"c": c, "u": u}
+
+    def support(params, x, eps, log_mass):
+        c = jnp.repeat(jnp.arange(3, dtype=jnp.int32), len(eps))
+        u = jax.vmap(transport, in_axes=(None, None, 0, 0))(params, x, c, jnp.tile(eps[:, 0], 3))
+        z = {"c": c, "u": u}
+        log_c = jax.vmap(log_q_discrete, in_axes=(None, None, 0))(params, x, z)
+        return z, log_c + jnp.tile(log_mass, 3)
+
+    params = Params(
+        theta={"m": jnp.array([-1.0, 0.4, 1.8]), "w": jnp.array([0.9, -0.6])},
+        phi={"logits": jnp.array([0.6, -0.3, 0.2])},
+        lam={
+            "weight": jnp.array([[0.3, -0.2], [0.1, 0.4], [-0.3, 0.2]]),
+            "slope": jnp.array([0.3, 0.2]),
+            "of_c": jnp.array([0.7, -0.2, -0.9]),
+            "of_u": jnp.array([0.5, 0.2, -0.6]),
+            "log_scale": jnp.array(-0.4),
+        },
+    )
+    model = Model(lambda key: params, log_joint, log_q, sample_q, sample)
+    data = np.array([[1.4, -1.2], [0.6, 0.5], [2.0, -0.4]], np.float32)
+    return Toy(model, params, data, None, 1, support, log_q_discrete)
 
 
 # A user's own model: five plain functions around numpyro's distributions.
@@ -298,8 +427,24 @@ def users_numpyro_model():
 # Bounds in float64, written apart from vdiff.bounds.
 
 
+PARTITION = (0.0, 0.1, 0.5, 1.0)
+BOUNDS = {
+    1.0: vd.elbo,
+    0.0: vd.iwae,
+    0.5: vd.renyi(0.5),
+    2.0: vd.renyi(2.0),
+    "tvo": vd.tvo(PARTITION),
+}
+"""The bounds under test by alpha, as `exact_bound` and `numpy_bound` know them."""
+
+
 def exact_bound(alpha):
-    """The Renyi bound over the last axis of jax log-weights; alpha = 1 is the ELBO, 0 is IWAE."""
+    """The Renyi bound over the last axis of jax log-weights; alpha = 1 is the ELBO, 0 is IWAE; or the TVO's."""
+    if alpha == "tvo":
+        return lambda log_weights: sum(
+            (right - left) * jnp.sum(jax.nn.softmax(left * log_weights, axis=-1) * log_weights, axis=-1)
+            for left, right in itertools.pairwise(PARTITION)
+        )
     if alpha == 1.0:
         return lambda log_weights: jnp.mean(log_weights, axis=-1)
     order = 1.0 - alpha
@@ -313,6 +458,9 @@ def numpy_bound(alpha, log_weights):
     log_weights = np.asarray(log_weights, np.float64)
     if alpha == 1.0:
         return np.mean(log_weights)
+    if alpha == "tvo":
+        powers = [np.exp(left * (log_weights - np.max(log_weights))) for left in PARTITION[:-1]]
+        return np.diff(PARTITION) @ [np.average(log_weights, weights=power) for power in powers]
     order = 1.0 - alpha
     top = np.max(order * log_weights)
     return (top + np.log(np.mean(np.exp(order * log_weights - top)))) / order
@@ -330,36 +478,50 @@ def _multisets(num_values, num_draws):
     return index, math.factorial(num_draws) / np.prod(factorial[counts], axis=1)
 
 
-def exact_expectations(toy, num_draws, alphas=(1.0, 0.0, 0.5, 2.0), num_nodes=None):
+def exact_expectations(toy, num_draws, alphas=tuple(BOUNDS), num_nodes=None, of=None):
     """Compute E over K draws of q of the bounds, mean over toy.data, and their gradients by params, in float64.
+
+    Args:
+        toy: what is judged.
+        num_draws: K.
+        alphas: keys of `BOUNDS`.
+        num_nodes: Gauss-Hermite nodes per dimension of the noise.
+        of: in place of the bounds, `(params, x, z [n, K, ...], log_weights [n, K]) -> [n]`: its expectation is
+            returned under None, with the expected gradient of `of` alone, draws, law and log-weights fixed.
 
     Returns:
         {alpha: (value, Params of gradients)}, NumPy.
     """
-    if toy.transport is None:
-        num_values = len(BITS)
-    else:
+    eps, log_mass = np.zeros((1, 0)), np.zeros(1)
+    if toy.noise_dim:
         if num_nodes is None:
             per_dim = {1: 40, 2: 24, 3: 20, 5: 16, 8: 12} if toy.noise_dim < 2 else {1: 30, 2: 12, 3: 8}
+            if toy.support is not None:
+                per_dim = {1: 40, 2: 20, 3: 12, 5: 6}
             num_nodes = per_dim[num_draws]
         nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
         eps = np.array(list(itertools.product(nodes, repeat=toy.noise_dim)))
         log_mass = np.log(weights / weights.sum())
         log_mass = np.array([sum(m) for m in itertools.product(log_mass, repeat=toy.noise_dim)])
-        num_values = len(eps)
-    index, count = _multisets(num_values, num_draws)
+    alphas = (None,) if of is not None else alphas
+
+    def values(params, x):
+        if toy.support is not None:
+            return toy.support(params, x, jnp.asarray(eps), jnp.asarray(log_mass))
+        z = jax.vmap(toy.transport, in_axes=(None, None, 0))(params, x, jnp.asarray(eps))
+        return z, jnp.asarray(log_mass)
 
     def expectations(params, x):
-        if toy.transport is None:
-            z = jnp.asarray(BITS)
-            log_q = jax.vmap(toy.model.log_q, in_axes=(None, None, 0))(params, x, z)
-            log_p = log_q
-        else:
-            z = jax.vmap(toy.transport, in_axes=(None, None, 0))(params, x, jnp.asarray(eps))
-            log_q = jax.vmap(toy.model.log_q, in_axes=(None, None, 0))(params, x, z)
-            log_p = jnp.asarray(log_mass)
+        z, log_p = values(params, x)
+        index, count = _multisets(len(log_p), num_draws)
+        log_q = jax.vmap(toy.model.log_q, in_axes=(None, None, 0))(params, x, z)
         log_weights = jax.vmap(toy.model.log_joint, in_axes=(None, None, 0))(params, x, z) - log_q
         mass = count * jnp.exp(jnp.sum(log_p[index], axis=-1))
+        if of is not None:
+            fixed_z, mass = jax.lax.stop_gradient((jax.tree.map(lambda leaf: leaf[index], z), mass))
+            return jnp.stack(
+                [jnp.sum(mass * of(params, x, fixed_z, jax.lax.stop_gradient(log_weights)[index]))]
+            )
         return jnp.stack([jnp.sum(mass * exact_bound(alpha)(log_weights[index])) for alpha in alphas])
 
     def mean(params, data):
@@ -414,16 +576,14 @@ def gradient_draws(objectives, params, data, num_draws, seed=0):
         return jnp.mean(sum(terms.values()))
 
     def all_of_them(params, key):
-        return {
-            name: jax.value_and_grad(functools.partial(mean, objective))(params, key)
-            for name, objective in objectives.items()
-        }
+        return [jax.value_and_grad(functools.partial(mean, o))(params, key) for o in objectives.values()]
 
     run = quick_jit(jax.vmap(all_of_them, in_axes=(None, 0)))
     num_chunks = -(-num_draws // CHUNK)
     keys = jax.random.split(jax.random.key(seed), (num_chunks, min(num_draws, CHUNK)))
     runs = [jax.device_get(run(params, chunk)) for chunk in keys]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_draws], *runs)
+    runs = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_draws], *runs)
+    return dict(zip(objectives, runs, strict=True))
 
 
 @functools.partial(quick_jit, static_argnums=(0, 4))
@@ -484,10 +644,10 @@ def single_draws(objectives, keys, params, data):
         return jax.grad(summed, has_aux=True)(params)[::-1]
 
     def all_of_them(key, params, x):
-        return {name: one(objective, key, params, x) for name, objective in objectives.items()}
+        return [one(objective, key, params, x) for objective in objectives.values()]
 
     run = quick_jit(jax.vmap(all_of_them, in_axes=(0, None, 0)))
-    return jax.device_get(run(keys, params, jnp.asarray(data)))
+    return dict(zip(objectives, jax.device_get(run(keys, params, jnp.asarray(data))), strict=True))
 
 
 @functools.cache
@@ -498,6 +658,9 @@ def toy(name):
         "linear2": functools.partial(linear_gaussian, 2),
         "shared": shared_weights,
         "bernoulli": bernoulli_latent,
+        "categorical": categorical_latent,
+        "mixed c, u": functools.partial(mixed_latents, True),
+        "mixed u, c": functools.partial(mixed_latents, False),
         "numpyro": users_numpyro_model,
     }[name]()
 

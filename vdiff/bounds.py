@@ -3,14 +3,17 @@ r"""Bounds on log p(x): functions of K log-weights l_k = log p(x, z_k) - log q(z
     elbo        1/K sum_k l_k                                          tight at the posterior (12.2.3)
     iwae        log 1/K sum_k exp(l_k)                                 tighter with K
     renyi(a)    1/(1-a) log 1/K sum_k exp((1-a) l_k)                   elbo at a = 1, iwae at a = 0
+    tvo(b)      sum_j (b_{j+1} - b_j) sum_k softmax(b_j l)_k l_k       elbo at (0, 1), iwae as b is refined
 
 A bound knows no model, and an estimator knows no bound: every pair of them works. Nats per datum.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
@@ -84,4 +87,41 @@ def renyi(alpha: float) -> Bound:
         return jnp.where(is_small, near, far)
 
     bound.__name__ = "renyi"
+    return bound
+
+
+def tvo(partition: Sequence[float]) -> Bound:
+    """Build the thermodynamic bound: a left Riemann sum along the path from q to the posterior.
+
+        log p(x) = int_0^1 E_b[l] db,      E_b[l] = sum_k softmax(b l)_k l_k on the draws at hand
+
+    Since E_b[l] rises with b, the sum at the left ends lies below the integral, which on K draws is `iwae`:
+    elbo <= tvo <= iwae, more with each point of the partition.
+
+    Args:
+        partition: b_0 = 0 < b_1 < .. < b_J = 1.
+
+    Returns:
+        A bound `(log_weights [K]) -> []`, nats.
+
+    Raises:
+        ValueError: if the partition does not rise from 0 to 1.
+
+    Source: Masrani, Le and Wood, The Thermodynamic Variational Objective, 2019, eq. 9.
+    """
+    points = [float(point) for point in partition]
+    steps = [right - left for left, right in itertools.pairwise(points)]
+    if len(points) < 2 or points[0] != 0.0 or points[-1] != 1.0 or not min(steps) > 0.0:
+        raise ValueError(f"partition: got {points}, expected numbers rising from 0 to 1, e.g. (0, 0.1, 1)")
+
+    def bound(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
+        chex.assert_rank(log_weights, 1)
+
+        def mean_at(inverse_temperature: float) -> Float[Array, ""]:
+            weights = jax.nn.softmax(inverse_temperature * log_weights)
+            return jnp.sum(weights * jnp.where(weights > 0, log_weights, 0.0))
+
+        return sum(step * mean_at(point) for step, point in zip(steps, points, strict=False))
+
+    bound.__name__ = "tvo"
     return bound

@@ -5,7 +5,7 @@ depends on the step is KL warm-up. Nothing here knows a model.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from vdiff.types import Key, Objective, Params, PyTree, Terms, check_key
+from vdiff.types import Key, Objective, Params, PyTree, Terms, check_key, gradient_only
 
 
 def total(objective: Objective) -> Callable[[Key, Params, PyTree], Float[Array, ""]]:
@@ -90,6 +90,69 @@ def repeat(objective: Objective, num_repeats: int) -> Objective:
         return jax.tree.map(jnp.mean, runs)
 
     return objective_repeated
+
+
+def frozen(objective: Objective, *parts: str) -> Objective:
+    """Stop the gradient of parts of the parameters.
+
+        frozen(objective, "lam")                        trains theta and phi under a given q
+
+    Args:
+        objective: `(key, params, x) -> Terms`.
+        parts: names among theta, phi, lam and cv.
+
+    Returns:
+        An objective with the same terms, whose gradient by these parts is zero.
+
+    Raises:
+        ValueError: if a name is not a part.
+    """
+    _check_parts(parts)
+
+    def objective_frozen(key: Key, params: Params, x: PyTree) -> Terms:
+        stopped = {part: jax.lax.stop_gradient(getattr(params, part)) for part in parts}
+        return objective(key, params._replace(**stopped), x)
+
+    return objective_frozen
+
+
+def by_part(objective: Objective, **others: Objective) -> Objective:
+    """Give parts of the parameters the gradient of another objective.
+
+        by_part(pathwise(model, iwae, m * k), lam=repeat(pathwise(model, iwae, k), m))        is PIWAE(m, k)
+
+    All of them see the same key.
+
+    Args:
+        objective: what is estimated, and the gradient of every part that is not named.
+        **others: a part, theta, phi, lam or cv -> the objective whose gradient it gets.
+
+    Returns:
+        An objective with the terms of `objective`; a term that only another one has is added with value zero.
+
+    Raises:
+        ValueError: if a name is not a part.
+
+    Source: Rainforth et al., Tighter Variational Bounds are Not Necessarily Better, 2018, 4.3.
+    """
+    _check_parts(others)
+    main = frozen(objective, *others)
+    rest = {part: frozen(o, *(p for p in Params._fields if p != part)) for part, o in others.items()}
+
+    def objective_by_part(key: Key, params: Params, x: PyTree) -> Terms:
+        terms = main(key, params, x)
+        for other in rest.values():
+            for name, term in other(key, params, jax.lax.stop_gradient(x)).items():
+                terms = terms | {name: terms.get(name, 0.0) + gradient_only(term)}
+        return terms
+
+    return objective_by_part
+
+
+def _check_parts(parts: Iterable[str]) -> None:
+    unknown = sorted(set(parts) - set(Params._fields))
+    if unknown:
+        raise ValueError(f"parts: got {unknown}, expected names among {list(Params._fields)}")
 
 
 def preprocessed(

@@ -99,6 +99,11 @@ def is_discrete(z: PyTree) -> bool:
     return any(not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(z))
 
 
+def gradient_only(value: Array) -> Array:
+    """Return zero with the gradient of `value`: how a surrogate joins an estimate and leaves its value alone."""
+    return value - stop_gradient(value)
+
+
 class Model(NamedTuple):
     """Hold a latent-variable model as pure functions of ONE datum x.
 
@@ -146,8 +151,7 @@ class Model(NamedTuple):
         z = stop_gradient(z)
         log_q = self.log_q(params, x, z)
         log_weight = self.log_joint(params, x, z) - log_q
-        score = stop_gradient(log_weight) * log_q
-        return log_weight + (score - stop_gradient(score))
+        return log_weight + gradient_only(stop_gradient(log_weight) * log_q)
 
 
 @runtime_checkable

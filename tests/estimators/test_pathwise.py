@@ -9,10 +9,9 @@ import scipy.special
 import vdiff as vd
 from tests import toys
 
-BOUNDS = {1.0: vd.elbo, 0.0: vd.iwae, 0.5: vd.renyi(0.5), 2.0: vd.renyi(2.0)}
+BOUNDS = toys.BOUNDS
 ESTIMATORS = {"pathwise": vd.pathwise, "doubly_reparameterized": vd.doubly_reparameterized}
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS.keys())
-every_bound = pytest.mark.parametrize("alpha", BOUNDS)
 
 
 def by_part(gradient):
@@ -75,7 +74,7 @@ def test_the_value_is_the_bound(estimator, num_samples):
 
 @every_estimator
 @pytest.mark.parametrize(
-    ("num_samples", "alphas"), [(1, (1.0, 0.0)), (5, (1.0, 0.0, 0.5, 2.0)), (8, (0.0, 2.0))]
+    ("num_samples", "alphas"), [(2, (1.0, 0.0, 0.5)), (5, tuple(BOUNDS)), (8, (0.0, 2.0))]
 )
 def test_gradients_are_unbiased(estimator, num_samples, alphas):
     """Linear-Gaussian, batch of 3: theta, phi and lambda against the exact gradient of each bound."""
@@ -114,7 +113,7 @@ def test_weights_shared_between_p_and_q(estimator):
         toys.check_unbiased(draws, gradient)
 
 
-@every_bound
+@pytest.mark.parametrize("alpha", [alpha for alpha in BOUNDS if alpha != "tvo"])
 def test_doubly_reparameterized_is_its_formula(alpha):
     """One draw of the gradient, rebuilt in float64: c_k = w_k - H_kk for lam, w_k for theta and phi.
 

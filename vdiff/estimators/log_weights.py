@@ -21,13 +21,13 @@ def log_joints(
 ) -> Float[Array, " K"]:
     """Evaluate log p(x, z_k) at K draws, nats; K is told, since a model without a latent has z = ()."""
     values = jax.vmap(model.log_joint, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
-    return _check_scalars("log_joint", values, num_samples)
+    return check_scalars("log_joint", values, num_samples)
 
 
 def log_qs(model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int) -> Float[Array, " K"]:
     """Evaluate log q(z_k | x) at K draws, nats."""
     values = jax.vmap(model.log_q, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
-    return _check_scalars("log_q", values, num_samples)
+    return check_scalars("log_q", values, num_samples)
 
 
 def check_num_samples(num_samples: int) -> None:
@@ -40,7 +40,7 @@ def check_num_samples(num_samples: int) -> None:
         raise ValueError(f"num_samples: got {num_samples}, expected at least 1")
 
 
-def _check_scalars(name: str, values: Array, num_samples: int) -> Array:
+def check_scalars(name: str, values: Array, num_samples: int) -> Array:
     """Refuse a log-density that was not summed: it would broadcast, and be wrong in silence.
 
     Raises:

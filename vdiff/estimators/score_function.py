@@ -16,18 +16,18 @@ from jaxtyping import Array, Float
 
 from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms
+from vdiff.types import Key, ModelLike, Network, Objective, Params, PyTree, Terms, gradient_only
 
-Baseline = Callable[[Bound, Float[Array, " K"]], Float[Array, " K"]]
-"""`(bound, log_weights [K]) -> b [K]`, where b_k must not depend on l_k."""
+Baseline = Callable[[PyTree, PyTree, Bound, Float[Array, " K"]], Float[Array, " K"]]
+"""`(params.cv, x, bound, log_weights [K]) -> b [K]`, where b_k must not depend on l_k."""
 
 
-def leave_one_out(bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
+def leave_one_out(cv: PyTree, x: PyTree, bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
     """Predict the bound without draw k: l_k is replaced by the mean of the others.
 
         b_k = bound(l_1, .., mean of l_j with j != k, .., l_K)
 
-    With `elbo` this is RLOO, with `iwae` it is VIMCO.
+    With `elbo` this is RLOO, with `iwae` it is VIMCO. It learns nothing: cv and x are not read.
 
     Source: Mnih and Rezende, Variational Inference for Monte Carlo Objectives, 2016, eq. 9; Kool, van Hoof
     and Welling, Buy 4 REINFORCE Samples, Get a Baseline for Free, 2019.
@@ -38,9 +38,44 @@ def leave_one_out(bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array,
     return jax.vmap(bound)(replaced)
 
 
-def no_baseline(bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
+def no_baseline(cv: PyTree, x: PyTree, bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
     """Subtract nothing: the plain score function, of large variance."""
     return jnp.zeros_like(log_weights)
+
+
+def running_mean(cv: PyTree, x: PyTree, bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
+    """Subtract `params.cv`, one number that follows the bound.
+
+    Its gradient is bound - cv, so that `optax.sgd(1 - decay)` on that part is the running mean
+    cv <- decay cv + (1 - decay) bound.
+
+    Source: Williams, Simple Statistical Gradient-Following Algorithms, 1992.
+    """
+    return jnp.broadcast_to(cv, log_weights.shape)
+
+
+def learned_baseline(network: Network) -> Baseline:
+    """Build a baseline that predicts the bound from x, its parameters in `params.cv`.
+
+    Args:
+        network: `Network` with apply(cv, x) -> [], fitted to the bound by least squares.
+
+    Returns:
+        A baseline for `score_function`; start its parameters by `with_cv(model, network.init)`.
+
+    Source: Mnih and Gregor, Neural Variational Inference and Learning in Belief Networks, 2014, 3.1.
+    """
+
+    def baseline(cv: PyTree, x: PyTree, bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
+        prediction = network.apply(cv, x)
+        if jnp.shape(prediction) != ():
+            raise ValueError(
+                f"network: got an output of shape {jnp.shape(prediction)}, expected (), one number for a "
+                "datum; build it with out_shape=()"
+            )
+        return jnp.broadcast_to(prediction, log_weights.shape)
+
+    return baseline
 
 
 def score_function(
@@ -49,13 +84,14 @@ def score_function(
     """Estimate a bound from K draws and its gradient by their scores.
 
     Value: bound(l). Gradient: sum_k w_k d l_k at fixed z, plus sum_k (bound(l) - b_k) d log q(z_k | x);
-    unbiased for theta, phi and lambda, for any z.
+    unbiased for theta, phi and lambda, for any z. The gradient for cv is that of
+    -1/(2K) sum_k (bound(l) - b_k)^2, and of nothing else.
 
     Args:
         model: any `Model`.
         bound: `(log_weights [K]) -> []`.
         num_samples: K; at least 2 with `leave_one_out`.
-        baseline: `(bound, log_weights) -> [K]`: `leave_one_out` or `no_baseline`, or your own.
+        baseline: `leave_one_out`, `no_baseline`, `running_mean`, `learned_baseline(network)`, or your own.
 
     Returns:
         An objective with one term, named after the bound, nats.
@@ -65,20 +101,43 @@ def score_function(
 
     Source: lecture 12.2.4; Ranganath, Gerrish and Blei, Black Box Variational Inference, 2014.
     """
+    check_draws(num_samples, baseline)
+
+    def objective(key: Key, params: Params, x: PyTree) -> Terms:
+        z = stop_gradient(draw(model, key, params, x, num_samples))
+        log_q = log_qs(model, params, x, z, num_samples)
+        log_weights = log_joints(model, params, x, z, num_samples) - log_q
+        score = score_surrogate(bound, baseline, params.cv, x, log_weights, log_q)
+        return {bound.__name__: bound(log_weights) + score}
+
+    return objective
+
+
+def score_surrogate(
+    bound: Bound,
+    baseline: Baseline,
+    cv: PyTree,
+    x: PyTree,
+    log_weights: Float[Array, " K"],
+    log_q: Float[Array, " K"],
+) -> Float[Array, ""]:
+    """Return zero with the gradients sum_k (bound - b_k) d log_q_k, and for cv that of the baseline's fit."""
+    fixed = stop_gradient(log_weights)
+    # Only cv may be moved by the fit of the baseline: x can carry an encoder's gradient.
+    error = bound(fixed) - baseline(cv, stop_gradient(x), bound, fixed)
+    fit = -0.5 * jnp.mean(jnp.square(error))
+    return gradient_only(jnp.sum(stop_gradient(error) * log_q)) + gradient_only(fit)
+
+
+def check_draws(num_samples: int, baseline: Baseline) -> None:
+    """Refuse a number of draws that the baseline cannot use.
+
+    Raises:
+        ValueError: if K = 1 is combined with `leave_one_out`, or `num_samples` is less than one.
+    """
     check_num_samples(num_samples)
     if baseline is leave_one_out and num_samples == 1:
         raise ValueError(
             "num_samples: got 1, expected at least 2 for the leave_one_out baseline, which needs "
             "another draw; raise num_samples or pass baseline=no_baseline"
         )
-
-    def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        z = stop_gradient(draw(model, key, params, x, num_samples))
-        log_q = log_qs(model, params, x, z, num_samples)
-        log_weights = log_joints(model, params, x, z, num_samples) - log_q
-        value = bound(log_weights)
-        fixed = stop_gradient(log_weights)
-        score = jnp.sum(stop_gradient(value - baseline(bound, fixed)) * log_q)
-        return {bound.__name__: value + (score - stop_gradient(score))}
-
-    return objective

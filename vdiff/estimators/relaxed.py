@@ -1,0 +1,111 @@
+r"""Biased gradients for discrete latents: a soft draw's derivative in place of a hard draw's.
+
+With logits eta of q, perturbed logits y = T(eps, eta), the hard z = H(y) and the soft s = soften(y, temperature),
+
+    relaxed            value f(z, eta),    gradient by eta: d f(s(eta), eta)             a second pass, at s
+    straight_through   value f(z, eta),    gradient by eta: df/dz at z  ds + df at fixed z        no further pass
+
+Both are biased and of small variance; `relaxed` loses its bias as the temperature falls to zero, while its variance
+rises without bound. By theta and phi the gradients are those at the hard draw, without bias.
+
+Source: Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013;
+Maddison, Mnih and Teh, The Concrete Distribution, 2017; Jang, Gu and Poole, Gumbel-Softmax, 2017.
+"""
+
+import jax
+from jax.lax import stop_gradient
+from jax.typing import ArrayLike
+
+from vdiff.bounds import Bound, elbo
+from vdiff.estimators.log_weights import check_num_samples, log_joints
+from vdiff.estimators.perturbed import Logits, checked_logits, log_probs, perturb
+from vdiff.relaxations import Relaxation, bernoulli
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, gradient_only
+
+
+def relaxed(
+    model: ModelLike,
+    logits: Logits,
+    temperature: ArrayLike,
+    bound: Bound = elbo,
+    num_samples: int = 1,
+    *,
+    relaxation: Relaxation = bernoulli,
+) -> Objective:
+    """Estimate a bound at hard draws, and its gradient for q at soft draws of the same noise.
+
+    Value: bound(l) of the hard draws. Gradient: unbiased for theta and phi. Biased for lambda: BIAS_RELAXED
+
+    Args:
+        model: a `Model` with discrete z, whose `log_joint` accepts floats between zero and one.
+        logits: `(params, x) -> ` logits of q, in the leaves and shapes of z; `model.log_q` is not called.
+        temperature: positive; a traced number too, so that `scheduled` can lower it.
+        bound: `(log_weights [K]) -> []`.
+        num_samples: K.
+        relaxation: `relaxations.bernoulli`, or `relaxations.one_hot` for categories on the last axis.
+
+    Returns:
+        An objective with one term, named after the bound, nats.
+
+    Raises:
+        ValueError: if `num_samples` is less than one.
+        TypeError: at trace time, if z is not discrete or the logits have other shapes.
+    """
+    check_num_samples(num_samples)
+
+    def objective(key: Key, params: Params, x: PyTree) -> Terms:
+        eta = checked_logits(model, logits, key, params, x, "relaxed")
+        y = perturb(relaxation, key, eta, num_samples)
+        z = jax.tree.map(lambda leaf: relaxation.harden(stop_gradient(leaf)), y)
+        soft = jax.tree.map(lambda leaf: relaxation.soften(leaf, temperature), y)
+        log_q = stop_gradient(log_probs(relaxation, eta, z))
+        value = bound(log_joints(model, params, x, z, num_samples) - log_q)
+        log_joint = log_joints(model, stop_gradient(params), stop_gradient(x), soft, num_samples)
+        path = bound(log_joint - log_probs(relaxation, eta, soft))
+        return {bound.__name__: value + gradient_only(path)}
+
+    return objective
+
+
+def straight_through(
+    model: ModelLike,
+    logits: Logits,
+    temperature: ArrayLike = 1.0,
+    bound: Bound = elbo,
+    num_samples: int = 1,
+    *,
+    relaxation: Relaxation = bernoulli,
+) -> Objective:
+    """Estimate a bound at hard draws, and its gradient for q as if a hard draw moved like the soft one.
+
+    Value: bound(l) of the hard draws. Gradient: unbiased for theta and phi. Biased for lambda, at every temperature,
+    unless log p(x, z) is linear in z: BIAS_ST
+
+    Args:
+        model: a `Model` with discrete z, whose `log_joint` accepts floats and is differentiable in them.
+        logits: `(params, x) -> ` logits of q, in the leaves and shapes of z; `model.log_q` is not called.
+        temperature: positive, of the soft draw whose derivative is used.
+        bound: `(log_weights [K]) -> []`.
+        num_samples: K.
+        relaxation: `relaxations.bernoulli`, or `relaxations.one_hot` for categories on the last axis.
+
+    Returns:
+        An objective with one term, named after the bound, nats.
+
+    Raises:
+        ValueError: if `num_samples` is less than one.
+        TypeError: at trace time, if z is not discrete or the logits have other shapes.
+    """
+    check_num_samples(num_samples)
+
+    def objective(key: Key, params: Params, x: PyTree) -> Terms:
+        eta = checked_logits(model, logits, key, params, x, "straight_through")
+
+        def hard_with_soft_gradient(y: jax.Array) -> jax.Array:
+            return relaxation.harden(stop_gradient(y)) + gradient_only(relaxation.soften(y, temperature))
+
+        z = jax.tree.map(hard_with_soft_gradient, perturb(relaxation, key, eta, num_samples))
+        log_weights = log_joints(model, params, x, z, num_samples) - log_probs(relaxation, eta, z)
+        return {bound.__name__: bound(log_weights)}
+
+    return objective
