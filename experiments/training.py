@@ -110,6 +110,14 @@ def held_out(
     return vd.Hook(every, call)
 
 
+def transformed(
+    transform: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, images: np.ndarray
+) -> np.ndarray:
+    """Transform images once, e.g. draw the binary pixels that a test set is judged on; returns uint8."""
+    drawn = vd.evaluate.evaluate(lambda key, params, x: transform(key, x), key, vd.Params(), images)
+    return drawn.astype(np.uint8)
+
+
 @contextlib.contextmanager
 def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a progress bar over work that is counted in data."""

@@ -152,20 +152,16 @@ def run(config: Config) -> dict:
     key_train, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
     train, test = problem.dataset.train, problem.dataset.test[: config.eval_images]
 
-    def draw(key: jax.Array, images: np.ndarray) -> np.ndarray:
-        transformed = evaluate.evaluate(
-            lambda key, params, x: problem.transform(key, x), key, vd.Params(), images
-        )
-        return transformed.astype(np.uint8)
-
-    test = draw(key_test, test)
+    test = training.transformed(problem.transform, key_test, test)
     watched = vd.preprocessed(problem.model.elbo_terms, lambda key, x: x)
     state = training.train(
         config,
         directory,
         problem.model,
         objective_of(config, problem),
-        draw(key_train, train) if config.binarization == "fixed" else train,
+        training.transformed(problem.transform, key_train, train)
+        if config.binarization == "fixed"
+        else train,
         hooks=(training.held_out(watched, key_watch, test[:500], every=10 * config.log_every),),
     )
 

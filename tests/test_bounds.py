@@ -12,7 +12,9 @@ import vdiff as vd
 from tests import toys
 
 ALPHAS = (-3.0, -0.5, 0.0, 0.3, 0.5, 0.9, 0.999, 1.0, 1.001, 1.1, 2.0, 5.0)
-NAMED = {"elbo": vd.elbo, "iwae": vd.iwae} | {f"renyi({a})": vd.renyi(a) for a in ALPHAS}
+PARTITIONS = {"tvo(0, 1)": (0.0, 1.0), "tvo of 4": toys.PARTITION}
+RENYI = {"elbo": vd.elbo, "iwae": vd.iwae} | {f"renyi({a})": vd.renyi(a) for a in ALPHAS}
+NAMED = RENYI | {name: vd.tvo(partition) for name, partition in PARTITIONS.items()}
 
 
 def weights(seed, num_samples, spread, centre=-40.0):
@@ -98,7 +100,7 @@ def test_a_weight_of_zero_is_fatal_from_alpha_one_up(name):
     assert NAMED[name](jnp.array([-1.0, -jnp.inf, -2.0])) == -jnp.inf
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", RENYI)
 def test_gradient_at_80_nats(name):
     """The gradient is softmax((1 - alpha) l), whose sum is one, at log-weights of +-80 as well."""
     alpha = {"elbo": 1.0, "iwae": 0.0}.get(name) if name in ("elbo", "iwae") else float(name[6:-1])
@@ -180,3 +182,81 @@ def test_bounds_are_ordered_move_with_a_constant_and_lie_between_the_extremes(lo
     assert log_weights.min() - slack <= elbo <= iwae + slack <= log_weights.max() + 2 * slack
     moved = np.array(SHIFT(log_weights, np.float32(by)), np.float64)
     np.testing.assert_allclose(moved, np.array([elbo, iwae]) + by, atol=3 * (slack + 1e-5 * abs(by)))
+
+
+# The thermodynamic bound.
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_tvo_is_the_formula(spread):
+    """Value against float64, gradient against its finite differences in float64."""
+    for seed in range(4):
+        log_weights = weights(seed, 6, spread)
+        value, gradient = jax.value_and_grad(vd.tvo(toys.PARTITION))(jnp.asarray(log_weights))
+        scale = float(np.max(np.abs(log_weights)))
+        assert float(value) == pytest.approx(toys.numpy_bound("tvo", log_weights), abs=2e-6 * scale)
+        step = 1e-5
+        for k in range(6):
+            ends = [np.float64(log_weights) + sign * step * np.eye(6)[k] for sign in (1, -1)]
+            difference = (toys.numpy_bound("tvo", ends[0]) - toys.numpy_bound("tvo", ends[1])) / (2 * step)
+            assert float(gradient[k]) == pytest.approx(difference, abs=1e-5 + 1e-6 * scale)
+
+
+def test_tvo_of_two_points_is_the_elbo():
+    log_weights = jnp.asarray(weights(0, 7, 3.0))
+    assert vd.tvo((0.0, 1.0))(log_weights) == pytest.approx(float(vd.elbo(log_weights)), rel=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.5, 5.0])
+def test_tvo_rises_to_iwae_as_the_partition_is_refined(spread):
+    """A left sum of a rising function: more points, a higher bound, and the integral is logmeanexp."""
+    for seed in range(4):
+        log_weights = jnp.asarray(weights(seed, 9, spread, centre=-4.0))
+        values = [float(vd.tvo(np.linspace(0, 1, 2**j + 1))(log_weights)) for j in (0, 1, 2, 4, 7)]
+        assert values == sorted(values) and values[-1] < float(vd.iwae(log_weights)) + 1e-5
+        # The left sum's error is at most the step times the function's rise, max l - mean l.
+        rise = float(jnp.max(log_weights) - jnp.mean(log_weights))
+        assert float(vd.iwae(log_weights)) - values[-1] < rise / 128
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        (),
+        (0.0,),
+        (0.0, 0.5),
+        (0.1, 1.0),
+        (0.0, 0.5, 0.5, 1.0),
+        (0.0, 0.8, 0.3, 1.0),
+        (0.0, float("nan"), 1.0),
+    ],
+)
+def test_tvo_refuses_what_is_no_partition(partition):
+    with pytest.raises(ValueError, match="partition: got .* expected numbers rising from 0 to 1"):
+        vd.tvo(partition)
+
+
+def test_tvo_at_80_nats():
+    for log_weights in ([80.0, -80.0], [80.0, 79.0, -80.0], [-80.0, -80.0, -80.0]):
+        value, gradient = jax.value_and_grad(vd.tvo(toys.PARTITION))(jnp.array(log_weights))
+        assert value == pytest.approx(toys.numpy_bound("tvo", log_weights), rel=1e-5)
+        np.testing.assert_allclose(np.sum(gradient), 1.0, rtol=1e-5)
+
+
+# Bounds of one's own: a line of arithmetic.
+
+
+def test_ciwae_is_a_line():
+    """Rainforth et al., 2018: beta ELBO + (1 - beta) IWAE, on the same draws."""
+
+    def ciwae(log_weights):
+        return 0.05 * vd.elbo(log_weights) + 0.95 * vd.iwae(log_weights)
+
+    toy = toys.toy("linear")
+    objective = vd.doubly_reparameterized(toy.model, ciwae, 5)
+    values, draws = toys.gradient_draws({"it": objective}, toy.params, toy.data, 40_000)["it"]
+    (elbo, of_elbo), (iwae, of_iwae) = (toys.exact("linear", 5)[alpha] for alpha in (1.0, 0.0))
+    assert toys.z_scores(values[:, None], 0.05 * elbo + 0.95 * iwae) < 5.0
+    toys.check_unbiased(draws, jax.tree.map(lambda a, b: 0.05 * a + 0.95 * b, of_elbo, of_iwae))
+    terms = objective(jax.random.key(0), toy.params, jnp.asarray(toy.data[0]))
+    assert list(terms) == ["ciwae"]

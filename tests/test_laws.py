@@ -19,7 +19,13 @@ from tests import toys
 from vdiff import likelihoods
 from vdiff.train.step import per_example
 
-BOUNDS = {"elbo": vd.elbo, "iwae": vd.iwae, "renyi(0.5)": vd.renyi(0.5), "renyi(2)": vd.renyi(2.0)}
+BOUNDS = {
+    "elbo": vd.elbo,
+    "iwae": vd.iwae,
+    "renyi(0.5)": vd.renyi(0.5),
+    "renyi(2)": vd.renyi(2.0),
+    "tvo": vd.tvo((0.0, 0.3, 1.0)),
+}
 NUM_SAMPLES = 2  # and 3 data: K != M
 
 PIXELS = (3,)
@@ -74,25 +80,41 @@ DISCRETE = {
     "gmm": lambda: (mixture(), tiny_data(None, (2,)), jnp.arange(3)),
     "gmm, encoder": lambda: (mixture(mixture_encoder()), tiny_data(None, (2,)), jnp.arange(3)),
 }
+MIXED = {
+    "a category, then a number": lambda: (toys.toy("mixed c, u").model, toys.toy("mixed c, u").data),
+    "a number, then a category": lambda: (toys.toy("mixed u, c").model, toys.toy("mixed u, c").data),
+}
 ESTIMATORS = {
     "pathwise": vd.pathwise,
     "doubly_reparameterized": vd.doubly_reparameterized,
     "score_function": vd.score_function,
 }
-FOR_ANY = ["terms", *(f"score_function, {bound}" for bound in BOUNDS)]
+FOR_ANY = [
+    *("terms", "likelihood_gradient", "wake_sleep", "sleep phase"),
+    *(f"score_function, {bound}" for bound in BOUNDS),
+]
+FOR_BITS = ["relaxed", "straight_through", "rebar", "relax"]
 COMBINED = ["weighted", "repeat", "preprocessed"]
 FOR_CONTINUOUS = [f"{e}, {b}" for e in ("pathwise", "doubly_reparameterized") for b in BOUNDS]
 CASES = [
     *((model, objective) for model in CONTINUOUS for objective in FOR_ANY + FOR_CONTINUOUS),
     *((model, objective) for model in DISCRETE for objective in [*FOR_ANY, "enumerated"]),
+    *(("Bernoulli latent", objective) for objective in FOR_BITS),
+    *((model, f"mixed, {bound}") for model in MIXED for bound in BOUNDS),
+    *((model, objective) for model in MIXED for objective in FOR_ANY),
     *((model, objective) for model in ("linear-Gaussian", "gmm, encoder") for objective in COMBINED),
 ]
+
+
+CONTROL = vd.Network(lambda key: jnp.ones(2), lambda params, z, x: params @ jnp.tanh(z + x))
 
 
 @functools.cache
 def built(name):
     """The model, its params moved off any symmetric start, and its data."""
-    model, data = (CONTINUOUS | DISCRETE)[name]()[:2]
+    model, data = (CONTINUOUS | DISCRETE | MIXED)[name]()[:2]
+    if name == "Bernoulli latent":
+        model = vd.with_cv(model, vd.relax_init(CONTROL))
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda leaf: leaf + 0.2 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
@@ -106,9 +128,24 @@ def objectives(name):
     """Every objective that is legal for a model."""
     model = built(name)[0]
     terms = model.elbo_terms or (lambda key, params, x: {"elbo": model.elbo_estimate(key, params, x)})
-    names = FOR_ANY[1:] + (FOR_CONTINUOUS if name in CONTINUOUS else [])
+    names = [n for n in FOR_ANY if ", " in n] + (FOR_CONTINUOUS if name in CONTINUOUS else [])
     made = {n: ESTIMATORS[n.split(", ")[0]](model, BOUNDS[n.split(", ")[1]], NUM_SAMPLES) for n in names}
     made["terms"] = terms
+    made["likelihood_gradient"] = vd.likelihood_gradient(model, NUM_SAMPLES)
+    made["wake_sleep"] = vd.wake_sleep(model, NUM_SAMPLES)
+    made["sleep phase"] = vd.wake_sleep(model, NUM_SAMPLES, phase=vd.sleep_phase)
+    if name in MIXED:
+        log_q_discrete = toys.toy(
+            "mixed c, u" if name == "a category, then a number" else "mixed u, c"
+        ).logits
+        for bound, function in BOUNDS.items():
+            made[f"mixed, {bound}"] = vd.mixed(model, log_q_discrete, function, NUM_SAMPLES)
+    if name == "Bernoulli latent":
+        logits = toys.toy("bernoulli").logits
+        made["relaxed"] = vd.relaxed(model, logits, 0.5, vd.iwae, NUM_SAMPLES)
+        made["straight_through"] = vd.straight_through(model, logits, 0.5, vd.iwae, NUM_SAMPLES)
+        made["rebar"] = vd.rebar(model, logits, vd.iwae, NUM_SAMPLES)
+        made["relax"] = vd.relax(model, logits, CONTROL, vd.iwae, NUM_SAMPLES)
     if (name, "repeat") in CASES:
         made["weighted"] = vd.weighted(terms, {})
         made["repeat"] = vd.repeat(made["score_function, iwae"], 2)
@@ -153,16 +190,18 @@ def test_law(name, objective):
     for term in terms.values():
         assert term.shape == (3,) and term.dtype == np.float32 and np.all(np.isfinite(term))
 
-    # A finite gradient in the shape of params; it moves whatever q or p learns, and cv, which is empty.
+    # A finite gradient in the shape of params; it moves whatever q or p learns, and cv where the estimator learns.
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
     for leaf, of in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=True):
         assert leaf.shape == (3, *of.shape) and leaf.dtype == of.dtype and np.all(np.isfinite(leaf))
     assert np.any(toys.flat(gradient.theta))
     if jax.tree.leaves(params.lam):
-        assert np.any(toys.flat(gradient.lam))
+        assert np.any(toys.flat(gradient.lam)) == (objective != "likelihood_gradient")
+    if jax.tree.leaves(params.cv):
+        assert np.any(toys.flat(gradient.cv)) == (objective in ("rebar", "relax"))
 
 
-@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
+@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE, *MIXED])
 def test_data_differ(name):
     """Each datum of the batch has an estimate of its own."""
     for objective, (terms, _) in compiled_results(name).items():
@@ -181,7 +220,7 @@ def test_values_agree_between_estimators(name):
 
 def test_bounds_have_one_order_on_any_model():
     """The same draws: renyi(2) <= elbo <= renyi(0.5) <= iwae."""
-    for name in [*CONTINUOUS, *DISCRETE]:
+    for name in [*CONTINUOUS, *DISCRETE, *MIXED]:
         results = compiled_results(name)
         upwards = ("renyi(2)", "elbo", "renyi(0.5)", "iwae")
         values = [results[f"score_function, {b}"][0][BOUNDS[b].__name__] for b in upwards]
@@ -271,7 +310,7 @@ def names(function):
     return list(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
+@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE, *MIXED])
 def test_signatures_of_models(name):
     model = built(name)[0]
     assert model._fields[:6] == vd.Model._fields and isinstance(model, vd.ModelLike)
@@ -305,7 +344,7 @@ def test_signatures_of_the_rest():
         assert names(likelihood.embed) == ["x"] and names(likelihood.out_shape) == ["shape"]
 
 
-@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE])
+@pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE, *MIXED])
 def test_what_a_model_samples_it_can_judge(name):
     """`sample` returns (x, z) that log_joint and log_q accept, with q's own structure of z."""
     model, params, data = built(name)

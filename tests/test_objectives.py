@@ -163,3 +163,48 @@ def test_bits_per_dim():
 def test_a_raw_key_is_refused(function):
     with pytest.raises(TypeError, match=r"expected a typed key; make it with jax.random.key\(seed\)"):
         function(jax.random.PRNGKey(0), PARAMS, X)
+
+
+# Gradients by part.
+
+
+def test_frozen_stops_parts_and_nothing_else(key):
+    assert vd.frozen(noisy, "phi")(key, PARAMS, X) == noisy(key, PARAMS, X)
+    assert jax.grad(vd.total(vd.frozen(noisy, "phi")), 1)(key, PARAMS, X) == vd.Params(theta=3.0, phi=0.0)
+    assert jax.grad(vd.total(vd.frozen(noisy, "phi", "theta")), 1)(key, PARAMS, X) == vd.Params(0.0, 0.0)
+    assert jax.grad(vd.total(vd.frozen(noisy)), 1)(key, PARAMS, X) == vd.Params(theta=3.0, phi=-1.0)
+
+
+def test_by_part_gives_each_part_its_gradient_and_keeps_the_value(key):
+    def other(key, params, x):
+        return {"cost": 7.0 * params.phi * params.theta * x, "more": params.phi**2}
+
+    both = vd.by_part(noisy, phi=other)
+    terms = both(key, PARAMS, X)
+    assert terms == {**noisy(key, PARAMS, X), "more": 0.0}
+    gradient = jax.grad(vd.total(both), argnums=1)(key, PARAMS, X)
+    assert gradient == vd.Params(theta=3.0, phi=7.0 * 2.0 * 3.0 + 2 * 0.25)
+    # By x it is the objective's own.
+    assert jax.grad(vd.total(both), argnums=2)(key, PARAMS, X) == 2.0
+
+
+def test_parts_that_do_not_exist_are_refused():
+    with pytest.raises(
+        ValueError, match=r"parts: got \['lambda'\], expected names among \['theta', 'phi', 'lam', 'cv'\]"
+    ):
+        vd.frozen(noisy, "lambda")
+    with pytest.raises(ValueError, match=r"parts: got \['encoder'\]"):
+        vd.by_part(noisy, encoder=noisy)
+
+
+def test_miwae_and_piwae_are_a_line():
+    """MIWAE(m, k): IWAE_k averaged over m runs. PIWAE(m, k): theta and phi from IWAE_mk, lambda from MIWAE(m, k)."""
+    toy, m, k = toys.toy("linear"), 4, 2
+    miwae = vd.repeat(vd.pathwise(toy.model, vd.iwae, k), m)
+    piwae = vd.by_part(vd.pathwise(toy.model, vd.iwae, m * k), lam=miwae)
+    runs = toys.gradient_draws({"miwae": miwae, "piwae": piwae}, toy.params, toy.data, 40_000)
+    (small, of_small), (large, of_large) = (toys.exact("linear", n)[0.0] for n in (k, m * k))
+    assert toys.z_scores(runs["miwae"][0][:, None], small) < 5.0
+    toys.check_unbiased(runs["miwae"][1], of_small)
+    assert toys.z_scores(runs["piwae"][0][:, None], large) < 5.0
+    toys.check_unbiased(runs["piwae"][1], of_large._replace(lam=of_small.lam))

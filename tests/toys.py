@@ -369,7 +369,7 @@ def mixed_latents(is_discrete_first):
             "slope": jnp.array([0.3, 0.2]),
             "of_c": jnp.array([0.7, -0.2, -0.9]),
             "of_u": jnp.array([0.5, 0.2, -0.6]),
-            "log_scale": jnp.array(-0.4),
+            "log_scale": jnp.array(-1.0),
         },
     )
     model = Model(lambda key: params, log_joint, log_q, sample_q, sample)
@@ -497,7 +497,7 @@ def exact_expectations(toy, num_draws, alphas=tuple(BOUNDS), num_nodes=None, of=
         if num_nodes is None:
             per_dim = {1: 40, 2: 24, 3: 20, 5: 16, 8: 12} if toy.noise_dim < 2 else {1: 30, 2: 12, 3: 8}
             if toy.support is not None:
-                per_dim = {1: 40, 2: 20, 3: 12, 5: 6}
+                per_dim = {1: 40, 2: 24, 5: 9, 8: 5}
             num_nodes = per_dim[num_draws]
         nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
         eps = np.array(list(itertools.product(nodes, repeat=toy.noise_dim)))
@@ -505,14 +505,14 @@ def exact_expectations(toy, num_draws, alphas=tuple(BOUNDS), num_nodes=None, of=
         log_mass = np.array([sum(m) for m in itertools.product(log_mass, repeat=toy.noise_dim)])
     alphas = (None,) if of is not None else alphas
 
-    def values(params, x):
+    def visited(params, x):
         if toy.support is not None:
             return toy.support(params, x, jnp.asarray(eps), jnp.asarray(log_mass))
         z = jax.vmap(toy.transport, in_axes=(None, None, 0))(params, x, jnp.asarray(eps))
         return z, jnp.asarray(log_mass)
 
     def expectations(params, x):
-        z, log_p = values(params, x)
+        z, log_p = visited(params, x)
         index, count = _multisets(len(log_p), num_draws)
         log_q = jax.vmap(toy.model.log_q, in_axes=(None, None, 0))(params, x, z)
         log_weights = jax.vmap(toy.model.log_joint, in_axes=(None, None, 0))(params, x, z) - log_q

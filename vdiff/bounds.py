@@ -10,7 +10,7 @@ A bound knows no model, and an estimator knows no bound: every pair of them work
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import chex
 import jax
@@ -90,7 +90,7 @@ def renyi(alpha: float) -> Bound:
     return bound
 
 
-def tvo(partition: Sequence[float]) -> Bound:
+def tvo(partition: Iterable[float]) -> Bound:
     """Build the thermodynamic bound: a left Riemann sum along the path from q to the posterior.
 
         log p(x) = int_0^1 E_b[l] db,      E_b[l] = sum_k softmax(b l)_k l_k on the draws at hand

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import vdiff as vd
@@ -201,3 +202,124 @@ def test_raw_keys_are_refused():
     toy = toys.toy("bernoulli")
     with pytest.raises(TypeError, match="expected a typed key"):
         vd.score_function(toy.model)(jax.random.PRNGKey(0), toy.params, jnp.asarray(toy.data[0]))
+
+
+# Baselines that learn.
+
+
+def linear_baseline():
+    """A `Network` (cv, x) -> w x + b."""
+    return vd.Network(
+        lambda key: {"w": jnp.zeros(2), "b": jnp.zeros(())}, lambda cv, x: cv["w"] @ x + cv["b"]
+    )
+
+
+LEARNED = {
+    "running_mean": (vd.running_mean, jnp.float32(-4.25)),
+    "learned": (
+        vd.learned_baseline(linear_baseline()),
+        {"w": jnp.array([-0.6, 0.9]), "b": jnp.float32(-3.3)},
+    ),
+}
+
+
+@functools.cache
+def exact_by_datum(num_samples, alpha):
+    """E bound of each datum of the Bernoulli toy."""
+    toy = toys.toy("bernoulli")
+    data = [toy._replace(data=toy.data[i : i + 1]) for i in range(len(toy.data))]
+    return np.array([toys.exact_expectations(one, num_samples, (alpha,))[alpha][0] for one in data])
+
+
+@functools.cache
+def learned_runs(name, num_samples):
+    toy = toys.toy("bernoulli")
+    baseline, cv = LEARNED[name]
+    params = toy.params._replace(cv=cv)
+    # One error for all K scores: with IWAE of many draws the noise would drown the gradient.
+    objectives = {
+        a: vd.score_function(toy.model, toys.BOUNDS[a], num_samples, baseline=baseline)
+        for a in ((1.0, 0.0) if num_samples < 5 else (1.0,))
+    }
+    return params, toys.gradient_draws(objectives, params, toy.data, 400_000, seed=num_samples)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
+def test_learned_baselines_are_unbiased(name, num_samples):
+    """Theta, phi and lambda against enumeration, cv against (E bound - b) db, which is linear in the bound."""
+    params, runs = learned_runs(name, num_samples)
+    toy = toys.toy("bernoulli")
+    for alpha, (values, draws) in runs.items():
+        value, gradient = toys.exact_expectations(toy, num_samples, (alpha,))[alpha]
+        assert toys.z_scores(values[:, None], value) < 5.0
+        means = exact_by_datum(num_samples, alpha)
+        baseline = [LEARNED[name][0](params.cv, jnp.asarray(x), vd.elbo, jnp.zeros(1))[0] for x in toy.data]
+        error = means - np.array(baseline, float)
+        of_cv = np.mean(error)
+        if name == "learned":
+            of_cv = {"w": np.mean(error[:, None] * toy.data, axis=0), "b": np.mean(error)}
+        toys.check_unbiased(draws, gradient._replace(cv=of_cv), ("theta", "phi", "lam", "cv"))
+
+
+def test_the_fit_of_a_baseline_moves_nothing_else():
+    """Neither q nor x, through which an encoder's gradient may come: exactly what a stopped cv gives."""
+    toy = toys.toy("bernoulli")
+    baseline, cv = LEARNED["learned"]
+    params, x = toy.params._replace(cv=cv), jnp.asarray(toy.data[0])
+    objective = vd.score_function(toy.model, vd.iwae, 3, baseline=baseline)
+    (live, live_x), (stopped, stopped_x) = (
+        jax.grad(vd.total(o), argnums=(1, 2))(jax.random.key(0), params, x)
+        for o in (objective, vd.frozen(objective, "cv"))
+    )
+    np.testing.assert_array_equal(live_x, stopped_x)
+    for one, other in zip(jax.tree.leaves(live[:3]), jax.tree.leaves(stopped[:3]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert np.any(toys.flat_single(live.cv)) and not np.any(toys.flat_single(stopped.cv))
+
+
+def test_sgd_on_cv_is_the_running_mean():
+    """cv <- d cv + (1 - d) bound, the bound averaged over the batch; theta, phi and lam stand still."""
+    toy, decay = toys.toy("bernoulli"), 0.9
+    model = toy.model._replace(init=lambda key: toy.params._replace(cv=jnp.zeros(())))
+    optimizer = optax.partition(
+        {"cv": optax.sgd(1 - decay), "rest": optax.set_to_zero()},
+        vd.Params(theta="rest", phi="rest", lam="rest", cv="cv"),
+    )
+    objective = vd.score_function(model, vd.elbo, 2, baseline=vd.running_mean)
+    step = jax.jit(vd.make_train_step(objective, optimizer))
+    state, mean = vd.init_state(jax.random.key(0), model, optimizer), 0.0
+    for _ in range(30):
+        state, metrics = step(state, jnp.asarray(toy.data))
+        mean = decay * mean + (1 - decay) * float(metrics["elbo"])
+        assert float(state.params.cv) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_trained_baseline_lowers_the_variance():
+    """One draw, where leave-one-out cannot help: after 400 steps on cv alone, under a third of no_baseline's."""
+    toy = toys.toy("bernoulli")
+    baseline = vd.learned_baseline(linear_baseline())
+    objective = vd.score_function(toy.model, vd.elbo, 1, baseline=baseline)
+    model = vd.with_cv(toy.model, linear_baseline().init)
+    optimizer = optax.partition(
+        {"cv": optax.adam(3e-2), "rest": optax.set_to_zero()},
+        vd.Params(theta="rest", phi="rest", lam="rest", cv="cv"),
+    )
+    step = vd.jit_step(vd.make_train_step(objective, optimizer))
+    data = np.tile(toy.data, (10, 1))
+    state = vd.fit(vd.init_state(jax.random.key(0), model, optimizer), step, lambda i: data, 400)
+    objectives = {
+        "learned": objective,
+        "none": vd.score_function(toy.model, vd.elbo, 1, baseline=vd.no_baseline),
+    }
+    runs = toys.gradient_draws(objectives, state.params, toy.data, 4_000)
+    learned, none = (toys.variance(draws, "lam") for _, draws in runs.values())
+    assert learned < none / 3, learned / none
+
+
+def test_a_baseline_must_be_a_number():
+    toy = toys.toy("bernoulli")
+    network = vd.Network(lambda key: (), lambda cv, x: x)
+    objective = vd.score_function(toy.model, baseline=vd.learned_baseline(network))
+    with pytest.raises(ValueError, match=r"network: got an output of shape \(2,\), expected \(\)"):
+        jax.eval_shape(objective, jax.random.key(0), toy.params, jnp.asarray(toy.data[0]))

@@ -1,0 +1,223 @@
+"""Train a sigmoid belief network on binarised images by an estimator of your choice and judge it in nats.
+
+python -m experiments.sbn digits --estimator wake_sleep
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vdiff as vd
+from experiments import pixels, runs, training
+from vdiff import data, evaluate, nets, report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.RunConfig):
+    """Train a sigmoid belief network on binarised images by an estimator of your choice and judge it in nats."""
+
+    estimator: Literal[
+        "vimco",
+        "rloo",
+        "learned_baseline",
+        "wake_wake",
+        "wake_sleep",
+        "straight_through",
+        "relaxed",
+        "rebar",
+        "relax",
+    ] = "vimco"
+    """How theta, phi and lambda get their gradients; the last four need one layer."""
+    widths: tuple[int, ...] = (200, 200, 200)
+    """Bits per layer, from the data upwards."""
+    num_samples: int = 50
+    """Draws of z per datum in the bound."""
+    temperature: float = 0.5
+    """Of the soft draws of straight_through and relaxed; rebar and relax learn theirs."""
+    eval_samples: int = 1000
+    """Importance samples per test image."""
+    eval_images: int = 10_000
+    """How many test images are judged, from the first."""
+
+
+PRESETS = {
+    "smoke": (
+        "seconds: a small network, a few steps, to see that everything works",
+        Config(
+            widths=(20, 20),
+            num_samples=5,
+            num_steps=100,
+            eval_samples=50,
+            eval_images=100,
+            checkpoint_every=100,
+        ),
+    ),
+    "digits": (
+        "a minute: the embedded 8x8 digits, binarised anew at every step",
+        Config(widths=(50, 50), num_samples=20, num_steps=4000, batch_size=64, learning_rate=3e-3),
+    ),
+    "mnist": (
+        "half an hour on two cores: binarised MNIST, three layers of 200 bits",
+        Config(
+            data="mnist",
+            num_steps=75_000,
+            batch_size=24,
+            log_every=250,
+            checkpoint_every=10_000,
+            eval_images=1000,
+        ),
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """Hold a model and its data, as `build` makes them.
+
+    Attributes:
+        model: the network, of binary images.
+        objective: what is raised, of one binary image.
+        dataset: the images, as integer levels.
+        transform: `(key, levels) -> x`, the binarisation.
+    """
+
+    model: vd.SBN
+    objective: vd.Objective
+    dataset: data.Dataset
+    transform: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _control_network(config: Config, shape: tuple[int, ...]) -> vd.Network:
+    """Build RELAX's network of the soft bits beside the image."""
+    net = nets.mlp((config.widths[0] + int(np.prod(shape)),), (), hidden=(100,))
+
+    def apply(params: vd.types.PyTree, z: tuple[jax.Array], x: jax.Array) -> jax.Array:
+        return net.apply(params, jnp.concatenate([z[0], x.ravel().astype(jnp.float32)]))
+
+    return vd.Network(net.init, apply)
+
+
+def build(config: Config) -> Problem:
+    """Build the model and the objective that a config describes, and load its data.
+
+    Raises:
+        ValueError: if the data set is unknown, or the estimator does not fit the layers.
+    """
+    dataset = data.load(config.data)
+    shape, widths = dataset.train.shape[1:], config.widths
+    likelihood, out_bias = pixels.LIKELIHOODS["bernoulli"](dataset.train, dataset.levels)
+    below = (shape, *((width,) for width in widths[:-1]))
+    encoders = [nets.mlp(size, (width,), hidden=()) for size, width in zip(below, widths, strict=True)]
+    decoders = [
+        nets.mlp((width,), size, hidden=(), out_bias=out_bias if i == 0 else 0.0)
+        for i, (size, width) in enumerate(zip(below, widths, strict=True))
+    ]
+    model = vd.sbn(encoders, decoders, num_units=widths[-1], likelihood=likelihood)
+    k, temperature = config.num_samples, config.temperature
+    baseline = nets.mlp(shape, (), hidden=(100,))
+    control = _control_network(config, shape)
+    objectives = {
+        "vimco": (None, lambda: vd.score_function(model, vd.iwae, k)),
+        "rloo": (None, lambda: vd.score_function(model, vd.elbo, k)),
+        "learned_baseline": (
+            baseline.init,
+            lambda: vd.repeat(
+                vd.score_function(model, vd.elbo, 1, baseline=vd.learned_baseline(baseline)), k
+            ),
+        ),
+        "wake_wake": (None, lambda: vd.wake_sleep(model, k)),
+        "wake_sleep": (None, lambda: vd.wake_sleep(model, k, phase=vd.sleep_phase)),
+        "straight_through": (None, lambda: vd.straight_through(model, model.logits, temperature, vd.elbo, k)),
+        "relaxed": (None, lambda: vd.relaxed(model, model.logits, temperature, vd.elbo, k)),
+        "rebar": (vd.rebar_init, lambda: vd.repeat(vd.rebar(model, model.logits), k)),
+        "relax": (vd.relax_init(control), lambda: vd.repeat(vd.relax(model, model.logits, control), k)),
+    }
+    init_cv, make = objectives[config.estimator]
+    if init_cv is not None:
+        model = vd.with_cv(model, init_cv)
+    return Problem(model, make(), dataset, vd.transforms.binarize(dataset.levels))
+
+
+def run(config: Config) -> dict:
+    """Train, judge and picture a network; returns the content of `result.json`."""
+    with runs.refusing():
+        runs.check_settings(config)
+        problem = build(config)
+        directory = runs.open_run(config)
+    key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 4)
+    model = problem.model
+    test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
+    watched = vd.likelihood_gradient(model, config.num_samples)
+    state = training.train(
+        config,
+        directory,
+        model,
+        vd.preprocessed(problem.objective, problem.transform),
+        problem.dataset.train,
+        hooks=(
+            training.held_out(watched, key_watch, test[:200], every=10 * config.log_every, name="test_iwae"),
+        ),
+    )
+
+    began = time.perf_counter()
+    log_prob = evaluate.importance_log_prob(model, config.eval_samples, chunk_size=50)
+    with training.counting("judging", len(test)) as on_progress:
+        judged = evaluate.evaluate(
+            log_prob, key_judge, state.ema, test, batch_size=20, on_progress=on_progress
+        )
+    bound = evaluate.evaluate(vd.total(watched), key_judge, state.ema, test)
+    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
+    nats = evaluate.summarize(judged.value)
+    metrics = {
+        "log_prob": runs.metric(nats, f"importance, K = {config.eval_samples:,}"),
+        "iwae": runs.metric(evaluate.summarize(bound), f"IWAE, K = {config.num_samples:,}"),
+        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
+        "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
+    }
+    result = runs.write_result(directory, metrics, state.ema, seconds)
+
+    sample = jax.jit(jax.vmap(model.sample, in_axes=(0, None)))
+    decode = jax.jit(jax.vmap(model.decode, in_axes=(None, 0)))
+    encode = jax.jit(jax.vmap(model.sample_q, in_axes=(0, None, 0)))
+    keys = jax.random.split(key_show, 100)
+    report.image_grid(decode(state.ema, sample(keys, state.ema)[1]), directory / "samples.png", columns=20)
+    imagined = decode(state.ema, encode(keys[:20], state.ema, test[:20]))
+    report.reconstruction_grid(test[:20], imagined, directory / "reconstructions.png")
+    report.training_curves(report.load_metrics(directory / "metrics.jsonl"), directory / "curves.png")
+    draws = f"importance sampling, {config.eval_samples:,} draws, {len(test):,} test images"
+    page = report.write_page(
+        directory,
+        title=f"Sigmoid belief network on {problem.dataset.name}, by {config.estimator}",
+        lead="Layers of bits, trained without a derivative through a draw, judged by log p(x).",
+        headline=[
+            report.Tile("log p(x)", nats.mean, nats.std_error, "nats per datum", draws),
+            report.Tile(
+                "IWAE",
+                metrics["iwae"]["value"],
+                metrics["iwae"]["std_error"],
+                "nats per datum",
+                f"{config.num_samples} draws",
+            ),
+            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
+        ],
+        figures=[
+            report.FigureEntry(
+                "samples.png", "What the model imagines: E[x | z] for z drawn from the prior."
+            ),
+            report.FigureEntry("reconstructions.png", "Test images above, E[x | z] at a draw of q below."),
+            report.FigureEntry("curves.png", "The objective and its terms over training, in nats per datum."),
+        ],
+        config=dataclasses.asdict(config) | {"run_dir": str(config.run_dir)},
+        result=result,
+    )
+    runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
+    runs.console.print(f"report   {page}")
+    return result
+
+
+if __name__ == "__main__":
+    runs.main(run, PRESETS)
