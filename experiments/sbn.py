@@ -6,7 +6,7 @@ python -m experiments.sbn digits --estimator wake_sleep
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,18 @@ import vdiff as vd
 from experiments import pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
+Estimator = Literal[
+    *("vimco", "rloo", "learned_baseline", "wake_wake", "wake_sleep"),
+    *("straight_through", "relaxed", "rebar", "relax"),
+]
+ESTIMATORS = get_args(Estimator)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(runs.RunConfig):
     """Train a sigmoid belief network on binarised images by an estimator of your choice and judge it in nats."""
 
-    estimator: Literal[
-        "vimco",
-        "rloo",
-        "learned_baseline",
-        "wake_wake",
-        "wake_sleep",
-        "straight_through",
-        "relaxed",
-        "rebar",
-        "relax",
-    ] = "vimco"
+    estimator: Estimator = "vimco"
     """How theta, phi and lambda get their gradients; the last four need one layer."""
     widths: tuple[int, ...] = (200, 200, 200)
     """Bits per layer, from the data upwards."""

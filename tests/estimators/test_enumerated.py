@@ -140,3 +140,41 @@ def test_traces_once():
     for x in toy.data:
         step(jax.random.key(0), toy.params, jnp.asarray(x))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("num_samples", [2, 5, 8])
+def test_any_bound_of_several_draws(num_samples):
+    """Value and gradient of each bound against the float64 sum of tests.toys."""
+    toy = toys.toy("bernoulli")
+    objectives = {a: vd.enumerated(toy.model, toys.BITS, b, num_samples) for a, b in toys.BOUNDS.items()}
+    keys = jax.random.split(jax.random.key(0), len(toy.data))
+    for alpha, (terms, gradient) in toys.single_draws(objectives, keys, toy.params, toy.data).items():
+        value, exact = toys.exact("bernoulli", num_samples)[alpha]
+        assert list(terms) == [toys.BOUNDS[alpha].__name__]
+        assert np.mean(list(terms.values())[0]) == pytest.approx(value, rel=1e-5)
+        for mine, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(exact), strict=True):
+            np.testing.assert_allclose(np.mean(mine, axis=0), other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_that_q_never_takes_is_left_out_of_several_draws():
+    """IWAE_2 over {0, 2} only, by hand."""
+    log_q = np.log([0.3, 0.7])
+    params = vd.Params(THETA, PHI, jnp.array([log_q[0], -jnp.inf, log_q[1]], jnp.float32))
+    objective = vd.enumerated(three_values(), SUPPORT, vd.iwae, 2)
+    value, gradient = jax.value_and_grad(vd.total(objective), 1)(jax.random.key(0), params, jnp.float32(0.4))
+    log_prior = np.asarray(jax.nn.log_softmax(PHI), float)[[0, 2]]
+    log_w = log_prior - 0.5 * (0.4 - np.array([0.0, -2.0])) ** 2 - log_q
+    expected = sum(
+        np.exp(log_q[i] + log_q[j]) * np.log((np.exp(log_w[i]) + np.exp(log_w[j])) / 2)
+        for i in range(2)
+        for j in range(2)
+    )
+    assert float(value) == pytest.approx(expected, rel=1e-6)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)) and gradient.theta[1] == 0
+
+
+def test_a_sum_that_would_not_end_is_refused():
+    with pytest.raises(
+        ValueError, match=r"num_samples: got 50 draws of 8 values, 264,385,836 terms.*score_function"
+    ):
+        vd.enumerated(three_values(), jnp.arange(8), vd.iwae, 50)

@@ -29,10 +29,12 @@ from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, log_joints
 from vdiff.estimators.perturbed import Logits, checked_logits, condition, log_probs, perturb
 from vdiff.relaxations import Relaxation, bernoulli
-from vdiff.types import Key, ModelLike, Network, Objective, Params, PyTree, Terms, gradient_only
+from vdiff.types import Key, ModelLike, Network, Objective, Params, PyTree, Terms, check_key, gradient_only
 
 Control = Callable[[PyTree, PyTree, PyTree, Float[Array, ""]], Float[Array, ""]]
 """`(cv, x, soft z [K, ...], f(soft z)) -> []`, nats."""
+
+_REBAR = ("log_temperature", "scale")
 
 
 def rebar_init(key: Key) -> PyTree:
@@ -58,6 +60,7 @@ def rebar(
     Value: bound(l). Gradient: unbiased for theta, phi and lambda; for cv that of -|g|^2, minus the variance of
     the gradient by the logits. `frozen(rebar(...), "cv")` keeps cv as it is and saves its second derivatives.
     The K draws share one control variate: for the ELBO of several draws take `repeat(rebar(model, logits), K)`.
+    The model is evaluated three times: on perceptrons 2.3 times the FLOPs of `score_function`, 3.8 if cv learns.
 
     Args:
         model: a `Model` with discrete z, whose `log_joint` accepts floats between zero and one.
@@ -71,13 +74,13 @@ def rebar(
 
     Raises:
         ValueError: if `num_samples` is less than one.
-        TypeError: at trace time, if z is not discrete or the logits have other shapes.
+        TypeError: at trace time, if z is not discrete, the logits have other shapes or `params.cv` other entries.
     """
 
     def control(cv: PyTree, x: PyTree, soft: PyTree, value: Float[Array, ""]) -> Float[Array, ""]:
         return cv["scale"] * value
 
-    return _controlled(model, logits, bound, num_samples, relaxation, control, "rebar")
+    return _controlled(model, logits, bound, num_samples, relaxation, control, _REBAR, "rebar")
 
 
 def relax(
@@ -105,15 +108,20 @@ def relax(
         An objective with one term, named after the bound, nats; `params.cv` as `relax_init(network)` makes it.
 
     Raises:
-        ValueError: if `num_samples` is less than one.
-        TypeError: at trace time, if z is not discrete or the logits have other shapes.
+        ValueError: if `num_samples` is less than one; at trace time, if the network's output is not a scalar.
+        TypeError: at trace time, if z is not discrete, the logits have other shapes or `params.cv` other entries.
     """
 
     def control(cv: PyTree, x: PyTree, soft: PyTree, value: Float[Array, ""]) -> Float[Array, ""]:
         free = jax.vmap(network.apply, in_axes=(None, 0, None))(cv["network"], soft, x)
+        if free.shape != (num_samples,):
+            raise ValueError(
+                f"network: got an output of shape {free.shape[1:]}, expected (), one number for a draw; "
+                "build it with out_shape=()"
+            )
         return cv["scale"] * value + jnp.mean(free)
 
-    return _controlled(model, logits, bound, num_samples, relaxation, control, "relax")
+    return _controlled(model, logits, bound, num_samples, relaxation, control, (*_REBAR, "network"), "relax")
 
 
 def _controlled(
@@ -123,13 +131,15 @@ def _controlled(
     num_samples: int,
     relaxation: Relaxation,
     control: Control,
+    names: tuple[str, ...],
     name: str,
 ) -> Objective:
     check_num_samples(num_samples)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        key_y, key_given_z = jax.random.split(key)
+        key_y, key_given_z = jax.random.split(check_key(key))
         live = checked_logits(model, logits, key, params, x, name)
+        _check_cv(params.cv, names, name)
         fixed, fixed_params, fixed_x = stop_gradient((live, params, x))
         z = jax.tree.map(relaxation.harden, perturb(relaxation, key_y, fixed, num_samples))
         log_joint = log_joints(model, params, x, z, num_samples)
@@ -162,3 +172,13 @@ def _controlled(
         return {bound.__name__: value + gradient_only(surrogate)}
 
     return objective
+
+
+def _check_cv(cv: PyTree, names: tuple[str, ...], name: str) -> None:
+    """Refuse a `params.cv` that another estimator, or none, has started."""
+    got = sorted(cv) if isinstance(cv, dict) else cv
+    if not isinstance(cv, dict) or not set(names) <= set(cv):
+        raise TypeError(
+            f"params.cv: got {got}, expected a dict with {list(names)} for {name}; start it by "
+            f"with_cv(model, init), init as {name}_init makes it"
+        )

@@ -86,10 +86,10 @@ def sbn(
         below = likelihood.embed(x) if layer == 0 else z[layer - 1].astype(jnp.float32)
         return encoders[layer].apply(params.lam[layer], below)
 
-    def p_logits(params: Params, z: Bits, layer: int) -> Float[Array, " bits"]:
+    def p_logits(params: Params, above: Bits, layer: int) -> Float[Array, " bits"]:
         if layer == num_layers - 1:
             return params.phi
-        return decoders[layer + 1].apply(params.theta[layer + 1], z[layer + 1].astype(jnp.float32))
+        return decoders[layer + 1].apply(params.theta[layer + 1], above[0].astype(jnp.float32))
 
     def out(params: Params, z: Bits) -> Array:
         return decoders[0].apply(params.theta[0], z[0].astype(jnp.float32))
@@ -103,7 +103,9 @@ def sbn(
         )
 
     def log_joint(params: Params, x: PyTree, z: Bits) -> Array:
-        layers = (jnp.sum(bernoulli_log_prob(z[i], p_logits(params, z, i))) for i in range(num_layers))
+        layers = (
+            jnp.sum(bernoulli_log_prob(z[i], p_logits(params, z[i + 1 :], i))) for i in range(num_layers)
+        )
         return likelihood.log_prob(out(params, z), x) + sum(layers)
 
     def log_q(params: Params, x: PyTree, z: Bits) -> Array:
@@ -120,9 +122,9 @@ def sbn(
 
     def sample(key: Key, params: Params) -> tuple[PyTree, Bits]:
         keys = jax.random.split(check_key(key), num_layers + 1)
-        z = (None,) * num_layers
+        z = ()
         for layer in reversed(range(num_layers)):
-            z = (*z[:layer], _draw(keys[layer], p_logits(params, z, layer)), *z[layer + 1 :])
+            z = (_draw(keys[layer], p_logits(params, z, layer)), *z)
         return sample_x(keys[-1], params, z), z
 
     def logits(params: Params, x: PyTree) -> tuple[Array]:

@@ -1,0 +1,1 @@
+"""A linter for models, and the identities that it rests on."""
