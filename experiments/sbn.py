@@ -61,7 +61,7 @@ PRESETS = {
         "half an hour on two cores: binarised MNIST, three layers of 200 bits",
         Config(
             data="mnist",
-            num_steps=75_000,
+            num_steps=50_000,
             batch_size=24,
             log_every=250,
             checkpoint_every=10_000,

@@ -39,7 +39,35 @@ def test_the_users_own_model_gives_a_gradient_by_part():
         assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(part))
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_guide_to_estimators_runs(capsys):
+    """Its programs in their order, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/estimators.md").read_text(), flags=re.S)
+    names = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(block, names)
+        key, x = jax.random.key(3), names["x"]
+        for model, objectives in {
+            "vae": ["dreg", "miwae", "piwae", "combined"],
+            "sbn": ["vimco", "rws"],
+            "of_nvil": ["nvil"],
+            "of_rebar": ["rebar", "fixed"],
+            "relaxed_model": ["biased_in_the_model"],
+        }.items():
+            params = names[model].init(key)
+            for objective in objectives:
+                gradient = jax.grad(names["vd"].total(names[objective]), argnums=1)(key, params, x)
+                assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient)), objective
+        for model in ("better", "bent"):
+            assert np.isfinite(names[model].elbo_estimate(key, names[model].init(key), x))
+    assert names["nats"].shape == (2,) and np.all(np.isfinite(names["nats"]))
+    printed = capsys.readouterr().out
+    assert "log_q" in printed and "snr" in printed and "FAIL" not in printed
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/estimators.md"]
+)
 def test_links_to_files_lead_somewhere(name):
     page = ROOT / name
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

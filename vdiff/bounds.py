@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import chex
 import jax
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float
 
@@ -83,7 +84,10 @@ def renyi(alpha: float) -> Bound:
         spread = order * (log_weights - mean)
         is_small = jnp.max(jnp.abs(spread)) < 1.0  # False for the NaN of a weight of zero
         near = mean + jnp.log1p(jnp.mean(jnp.expm1(jnp.where(is_small, spread, 0.0)))) / order
-        far = (logsumexp(order * log_weights) - math.log(log_weights.shape[0])) / order
+        # Shifted before it is scaled: a compiler that fuses the two rounds order * l and its maximum differently.
+        top = stop_gradient(jnp.max(log_weights) if order > 0 else jnp.min(log_weights))
+        top = jnp.where(jnp.isfinite(top), top, 0.0)
+        far = top + (logsumexp(order * (log_weights - top)) - math.log(log_weights.shape[0])) / order
         return jnp.where(is_small, near, far)
 
     bound.__name__ = "renyi"
@@ -116,12 +120,17 @@ def tvo(partition: Iterable[float]) -> Bound:
 
     def bound(log_weights: Float[Array, " K"]) -> Float[Array, ""]:
         chex.assert_rank(log_weights, 1)
+        # Weights and means of what lies below the top: the gradient is a covariance, whose terms would cancel.
+        top = stop_gradient(jnp.max(log_weights))
+        below = log_weights - top
 
         def mean_at(inverse_temperature: float) -> Float[Array, ""]:
-            weights = jax.nn.softmax(inverse_temperature * log_weights)
-            return jnp.sum(weights * jnp.where(weights > 0, log_weights, 0.0))
+            if inverse_temperature == 0.0:
+                return jnp.mean(below)
+            weights = jax.nn.softmax(inverse_temperature * below)
+            return jnp.sum(weights * jnp.where(weights > 0, below, 0.0))
 
-        return sum(step * mean_at(point) for step, point in zip(steps, points, strict=False))
+        return top + sum(step * mean_at(point) for step, point in zip(steps, points, strict=False))
 
     bound.__name__ = "tvo"
     return bound

@@ -62,8 +62,8 @@ def sbn(
     the top layer's bits, [num_units], which start at zero.
 
     Args:
-        encoders: logits of z_1 given likelihood.embed(x), then of z_{l+1} given z_l (floats).
-        decoders: the likelihood's `out` given z_1, then the logits of z_l given z_{l+1}.
+        encoders: logits of z_1 given likelihood.embed(x), then of z_{l+1} given 2 z_l - 1.
+        decoders: the likelihood's `out` given 2 z_1 - 1, then the logits of z_l given 2 z_{l+1} - 1.
         num_units: bits in the top layer.
         likelihood: what decoders[0]'s output means, e.g. `likelihoods.bernoulli()`.
 
@@ -83,7 +83,7 @@ def sbn(
         raise ValueError(f"num_units: got {num_units}, expected at least 1")
 
     def q_logits(params: Params, x: PyTree, z: Bits, layer: int) -> Array:
-        below = likelihood.embed(x) if layer == 0 else z[layer - 1].astype(jnp.float32)
+        below = likelihood.embed(x) if layer == 0 else _shown(z[layer - 1])
         return encoders[layer].apply(params.lam[layer], below)
 
     def p_logits(params: Params, above: Bits, layer: int) -> Float[Array, " bits"]:
@@ -92,7 +92,7 @@ def sbn(
         return decoders[layer + 1].apply(params.theta[layer + 1], above[0].astype(jnp.float32))
 
     def out(params: Params, z: Bits) -> Array:
-        return decoders[0].apply(params.theta[0], z[0].astype(jnp.float32))
+        return decoders[0].apply(params.theta[0], _shown(z[0]))
 
     def init(key: Key) -> Params:
         keys = jax.random.split(check_key(key), 2 * num_layers)
@@ -139,6 +139,11 @@ def sbn(
         return likelihood.mean(out(params, z))
 
     return SBN(init, log_joint, log_q, sample_q, sample, None, logits, prior_logits, sample_x, decode)
+
+
+def _shown(z: Array) -> Array:
+    """Show bits to a network as -1 and 1, centred like `embed`'s pixels: it learns several times faster."""
+    return 2.0 * z.astype(jnp.float32) - 1.0
 
 
 def _draw(key: Key, logits: Array) -> Array:
