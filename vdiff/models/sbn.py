@@ -89,7 +89,7 @@ def sbn(
     def p_logits(params: Params, above: Bits, layer: int) -> Float[Array, " bits"]:
         if layer == num_layers - 1:
             return params.phi
-        return decoders[layer + 1].apply(params.theta[layer + 1], above[0].astype(jnp.float32))
+        return decoders[layer + 1].apply(params.theta[layer + 1], _shown(above[0]))
 
     def out(params: Params, z: Bits) -> Array:
         return decoders[0].apply(params.theta[0], _shown(z[0]))
