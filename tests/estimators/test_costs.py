@@ -1,5 +1,6 @@
 """What estimators cost: passes through the networks, counted in the compiled program; arithmetic; traces."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -10,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 
 import vdiff as vd
-from tests import toys
 from vdiff import Network, Params
 
 # No two layers, and no two directions, share a pair of sizes; K differs from all of them.
@@ -114,8 +114,30 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised():
+    """Products are merged all the same, and a call and `.lower(..).compile()` share one compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def start(case):
     return MODELS[case.model].init(jax.random.key(0))._replace(cv=case.cv)
+
+
+@functools.cache
+def jitted(name, asked):
+    """Return the jitted value, or value and gradient, and the list to which every trace of log_joint adds."""
+    case, traces = CASES[name], []
+    model = MODELS[case.model]
+
+    def log_joint(params, x, z):
+        traces.append(z)
+        return model.log_joint(params, x, z)
+
+    function = vd.total(case.build(model._replace(log_joint=log_joint)))
+    return jax.jit(function if asked == "value" else jax.value_and_grad(function, argnums=1)), traces
 
 
 def sizes(text):
@@ -151,9 +173,8 @@ def rows(products, size_in, size_out):
 def test_passes_through_the_networks(name, asked):
     """K draws are one encoding and K decodings, in both layers of each network, however often they are written."""
     case = CASES[name]
-    function = vd.total(case.build(MODELS[case.model]))
-    function = function if asked == "value" else jax.value_and_grad(function, argnums=1)
-    lowered = toys.quick_jit(function).lower(jax.random.key(0), start(case), jnp.zeros(NUM_PIXELS))
+    step, _ = jitted(name, asked)
+    lowered = step.lower(jax.random.key(0), start(case), jnp.zeros(NUM_PIXELS))
     products = matrix_products(lowered.compile().as_text())
     num_outputs = LATENT_DIM if case.model == "bits" else 2 * LATENT_DIM
     assert rows(products, NUM_PIXELS, WIDTH_Q) == rows(products, WIDTH_Q, num_outputs) == case.encoded
@@ -168,7 +189,7 @@ def test_the_arithmetic_of_control_variates():
     model = network_of_bits(num_pixels)
 
     def flops(objective, cv=()):
-        step = toys.quick_jit(jax.value_and_grad(vd.total(objective), argnums=1))
+        step = jax.jit(jax.value_and_grad(vd.total(objective), argnums=1))
         params = model.init(jax.random.key(0))._replace(cv=cv)
         lowered = step.lower(jax.random.key(0), params, jnp.ones(num_pixels))
         return lowered.compile().cost_analysis()["flops"]
@@ -185,19 +206,12 @@ def test_the_arithmetic_of_control_variates():
 @pytest.mark.parametrize("name", CASES)
 def test_traced_once(name):
     """Other keys, params and data of the same shapes neither trace nor compile again."""
-    case, traces = CASES[name], []
-    model = MODELS[case.model]
-
-    def log_joint(params, x, z):
-        traces.append(z)
-        return model.log_joint(params, x, z)
-
-    objective = case.build(model._replace(log_joint=log_joint))
-    step = toys.quick_jit(jax.value_and_grad(vd.total(objective), argnums=1))
+    case = CASES[name]
+    step, traces = jitted(name, "gradient")
     values = set()
     for seed in range(3):
         params = jax.tree.map(lambda leaf, seed=seed: leaf + 0.1 * seed, start(case))
-        values.add(float(step(jax.random.key(seed), params, jnp.full(NUM_PIXELS, 0.5 * seed))[0]))
+        values.add(float(step(jax.random.key(seed), params, 0.5 * seed * jnp.ones(NUM_PIXELS))[0]))
         assert len(traces) == case.traces, seed
     # Three different computations, by one program.
     assert len(values) == 3 and step._cache_size() == 1
