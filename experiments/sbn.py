@@ -65,7 +65,6 @@ PRESETS = {
             batch_size=24,
             log_every=250,
             checkpoint_every=10_000,
-            eval_images=1000,
         ),
     ),
 }
