@@ -225,7 +225,10 @@ def _descend(loss: Callable, start: PyTree, num_steps: int, rate: float, key: Ke
     def run(start: PyTree, keys: Key) -> PyTree:
         def step(carry: tuple, key: Key) -> tuple:
             values, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(values, key), state)
+            gradient = jax.grad(loss)(values, key)
+            # Optax's own arithmetic mixes dtypes.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(values, updates), state), None
 
         return jax.lax.scan(step, (start, optimizer.init(start)), keys)[0][0]

@@ -113,7 +113,8 @@ def build(config: Config) -> Problem:
     ]
     model = vd.sbn(encoders, decoders, num_units=widths[-1], likelihood=likelihood)
     k, temperature = config.num_samples, config.temperature
-    baseline = nets.mlp(shape, (), hidden=(100,))
+    net = nets.mlp(shape, (), hidden=(100,))
+    baseline = vd.Network(net.init, lambda cv, x: net.apply(cv, likelihood.embed(x)))
     control = _control_network(config, shape)
     objectives = {
         "vimco": (None, lambda: vd.score_function(model, vd.iwae, k)),
@@ -182,7 +183,9 @@ def run(config: Config) -> dict:
     report.image_grid(decode(state.ema, sample(keys, state.ema)[1]), directory / "samples.png", columns=20)
     imagined = decode(state.ema, encode(keys[:20], state.ema, test[:20]))
     report.reconstruction_grid(test[:20], imagined, directory / "reconstructions.png")
-    report.training_curves(report.load_metrics(directory / "metrics.jsonl"), directory / "curves.png")
+    rows = report.load_metrics(directory / "metrics.jsonl")
+    name = "iwae" if "iwae" in rows[-1] else "elbo"
+    report.training_curves(rows, directory / "curves.png", bound=name)
     draws = f"importance sampling, {config.eval_samples:,} draws, {len(test):,} test images"
     page = report.write_page(
         directory,
