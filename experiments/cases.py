@@ -90,6 +90,21 @@ def gaussian(key: Key) -> Case:
     return Case(model, _data(model, key), elbo, estimators)
 
 
+def wide_posterior(case: Case, key: Key, scale: float) -> Params:
+    """Put the Gaussian where q is the posterior with 4/3 of its variance, every parameter moved by N(0, scale^2).
+
+    Rainforth et al., 2018, measure here: q is wider than the posterior, so that every weight is bounded.
+    """
+    start, w = case.model.init(key), jnp.eye(4, 2)
+    variance = NOISE**2 / (1.0 + NOISE**2)
+    dense = {
+        "kernel": jnp.concatenate([variance / NOISE**2 * w, jnp.zeros((4, 2))], axis=1),
+        "bias": jnp.concatenate([jnp.zeros(2), jnp.full(2, 0.5 * np.log(4 / 3 * variance))]),
+    }
+    lam = jax.tree.unflatten(jax.tree.structure(start.lam), jax.tree.leaves({"Dense_0": dense}))
+    return _spread(key, Params(theta={"w": w, "b": jnp.zeros(4)}, phi=jnp.zeros(2), lam=lam), scale)
+
+
 def gaussian_score(params: Params, x: jax.Array) -> jax.Array:
     """Differentiate the Gaussian case's log p(x) by x."""
     w = params.theta["w"]
@@ -182,11 +197,11 @@ def _data(model: vd.ModelLike, key: Key) -> jax.Array:
     return jax.vmap(model.sample, in_axes=(0, None))(jax.random.split(key_data, 64), truth)[0]
 
 
-def _spread(key: Key, params: Params) -> Params:
-    """Move every parameter by N(0, .5^2)."""
+def _spread(key: Key, params: Params, scale: float = 0.5) -> Params:
+    """Move every parameter by N(0, scale^2)."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
-    moved = [leaf + 0.5 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    moved = [leaf + scale * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(treedef, moved)
 
 

@@ -112,7 +112,7 @@ def measure(config: Config) -> list[dict]:
 def snr_panels(config: Config) -> list[report.Panel]:
     """Measure signal to noise against the number of draws K on the Gaussian: Rainforth et al., 2018."""
     case = cases.gaussian(jax.random.key(config.seed))
-    params = cases.far(case, jax.random.key(config.seed + 1))
+    params = cases.wide_posterior(case, jax.random.key(config.seed + 1), 0.01)
     x, key = case.data[0], jax.random.key(config.seed + 2)
     estimators = {
         "pathwise IWAE": lambda k: vd.pathwise(case.model, vd.iwae, k),
@@ -122,7 +122,8 @@ def snr_panels(config: Config) -> list[report.Panel]:
     found = {"theta": {}, "lam": {}}
     for name, make in track(estimators.items(), "signal to noise", console=runs.console):
         draws = [k for k in _up_to(config, DRAWS_FOR_SNR) if k > 1 or "VIMCO" not in name]
-        reports = [vd.gradient_report(make(k), params, x, key, config.num_draws) for k in draws]
+        # A ratio of .01 is the noise of 10,000 draws.
+        reports = [vd.gradient_report(make(k), params, x, key, 5 * config.num_draws) for k in draws]
         for part in found:
             found[part][name] = (draws, [r.parts[part].snr for r in reports])
     rising, falling = {"$K^{1/2}$": 0.5}, {"$K^{-1/2}$": -0.5}
@@ -153,7 +154,7 @@ def ratio_panels(config: Config) -> list[report.Panel]:
         unbiased.append(np.linalg.norm(mean - aim) / np.linalg.norm(aim))
 
     case = cases.gaussian(jax.random.key(config.seed))
-    params, x = cases.far(case, jax.random.key(config.seed + 1)), case.data[0]
+    params, x = cases.wide_posterior(case, jax.random.key(config.seed + 1), 0.2), case.data[0]
     score = np.asarray(cases.gaussian_score(params, x))
     by_x = []
     for k in ratio_draws:

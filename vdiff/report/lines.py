@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from vdiff.report.ink import COLORS, INK, dress, new_figure, save
+
+if TYPE_CHECKING:
+    import matplotlib.axes
 
 
 class Panel(NamedTuple):
@@ -59,7 +62,6 @@ def line_panels(panels: Sequence[Panel], path: Path | str, *, columns: int = 3) 
             xscale="log" if panel.log_x else "linear",
             yscale="log" if panel.log_y else "linear",
         )
-        ax.tick_params(which="minor", length=0)
         for name, (x, y) in panel.lines.items():
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
             if x.shape != y.shape or x.ndim != 1 or not len(x):
@@ -68,9 +70,7 @@ def line_panels(panels: Sequence[Panel], path: Path | str, *, columns: int = 3) 
             handles[name] = ax.plot(x, y, color=colors[name], linewidth=2, marker=marker, markersize=4)[0]
         for label, exponent in panel.slopes.items():
             _slope(ax, panel, label, exponent)
-        if not panel.log_x:
-            ax.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            ax.locator_params(axis="x", nbins=4)
+        _ticks(ax, panel)
     fig.legend(
         handles.values(),
         handles.keys(),
@@ -83,7 +83,28 @@ def line_panels(panels: Sequence[Panel], path: Path | str, *, columns: int = 3) 
     return save(fig, path)
 
 
-def _slope(ax: object, panel: Panel, label: str, exponent: float) -> None:
+def _ticks(ax: "matplotlib.axes.Axes", panel: Panel) -> None:
+    """Mark few plain numbers: where there are few x, each of them."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    x = np.unique(np.concatenate([np.asarray(x, np.float64) for x, _ in panel.lines.values()]))
+    plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 10 else f"{value:g}")
+    if panel.log_x:
+        ax.xaxis.set_major_locator(FixedLocator(x) if len(x) <= 8 else LogLocator(numticks=5))
+        ax.xaxis.set_minor_locator(NullLocator())
+    else:
+        ax.locator_params(axis="x", nbins=4)
+    ax.xaxis.set_major_formatter(plain)
+    if panel.log_y:
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(
+            LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=6)
+        )
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(plain)
+
+
+def _slope(ax: "matplotlib.axes.Axes", panel: Panel, label: str, exponent: float) -> None:
     """Draw a dashed power of x through the middle of the panel, and name it at its end."""
     x = np.unique(np.concatenate([np.asarray(x, np.float64) for x, _ in panel.lines.values()]))
     values = np.concatenate([np.asarray(y, np.float64) for _, y in panel.lines.values()])
