@@ -18,6 +18,8 @@ from vdiff import Network, relaxations
 from vdiff.estimators.log_weights import draw, log_joints, log_qs
 from vdiff.estimators.perturbed import perturb
 
+pytestmark = pytest.mark.slow
+
 K = 3
 KEY = jax.random.key(0)
 TEMPERATURE = 0.5

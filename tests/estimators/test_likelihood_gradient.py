@@ -85,6 +85,9 @@ def test_the_bias_falls_as_one_over_the_number_of_draws():
             for k in (2, 5, 8)
         }
         assert bias[2] > bias[5] > bias[8] > 1e-3
+        if part == "theta":  # as the docstring states
+            for k, stated in {2: 0.34, 5: 0.19, 8: 0.13}.items():
+                assert bias[k] == pytest.approx(stated, abs=0.005)
         assert 8 * bias[8] == pytest.approx(5 * bias[5], rel=0.25), part
 
 

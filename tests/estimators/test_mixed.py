@@ -18,7 +18,14 @@ def mixed_of(name, bound, num_samples, **settings):
 
 
 @every_order
-@pytest.mark.parametrize(("num_samples", "alphas"), [(2, (1.0, 0.0, "tvo")), (5, (0.0, 0.5)), (8, (1.0,))])
+@pytest.mark.parametrize(
+    ("num_samples", "alphas"),
+    [
+        (2, (1.0, 0.0, "tvo")),
+        pytest.param(5, (0.0, 0.5), marks=pytest.mark.slow),
+        pytest.param(8, (1.0,), marks=pytest.mark.slow),
+    ],
+)
 def test_gradients_are_unbiased(name, num_samples, alphas):
     toy = toys.toy(name)
     objectives = {a: mixed_of(name, toys.BOUNDS[a], num_samples) for a in alphas}

@@ -245,7 +245,7 @@ def learned_runs(name, num_samples):
 
 
 @pytest.mark.parametrize("name", LEARNED)
-@pytest.mark.parametrize("num_samples", [1, 2, 5, 8])
+@pytest.mark.parametrize("num_samples", [1, 2, *(pytest.param(k, marks=pytest.mark.slow) for k in (5, 8))])
 def test_learned_baselines_are_unbiased(name, num_samples):
     """Theta, phi and lambda against enumeration, cv against (E bound - b) db, which is linear in the bound."""
     params, runs = learned_runs(name, num_samples)
