@@ -160,11 +160,7 @@ def run(config: Config) -> dict:
     )
 
     began = time.perf_counter()
-    log_prob = evaluate.importance_log_prob(model, config.eval_samples, chunk_size=50)
-    with training.counting("judging", len(test)) as on_progress:
-        judged = evaluate.evaluate(
-            log_prob, key_judge, state.ema, test, batch_size=20, on_progress=on_progress
-        )
+    judged = training.judge(model, config.eval_samples, key_judge, state.ema, test)
     bound = evaluate.evaluate(vd.total(watched), key_judge, state.ema, test)
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
     nats = evaluate.summarize(judged.value)

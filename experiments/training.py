@@ -127,6 +127,15 @@ def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
+def judge(
+    model: vd.ModelLike, num_samples: int, key: jax.Array, params: vd.Params, images: np.ndarray
+) -> vd.LogProb:
+    """Estimate log p(x) of every image by importance sampling, under a progress bar; leaves are [N]."""
+    log_prob = vd.evaluate.importance_log_prob(model, num_samples, chunk_size=50)
+    with counting("judging", len(images)) as on_progress:
+        return vd.evaluate.evaluate(log_prob, key, params, images, batch_size=20, on_progress=on_progress)
+
+
 def training_seconds(directory: Path) -> float:
     """Read how long training took, over all resumptions."""
     rows = vd.report.load_metrics(directory / "metrics.jsonl")

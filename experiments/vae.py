@@ -166,11 +166,7 @@ def run(config: Config) -> dict:
     )
 
     began = time.perf_counter()
-    log_prob = evaluate.importance_log_prob(problem.model, config.eval_samples, chunk_size=50)
-    with training.counting("judging", len(test)) as on_progress:
-        judged = evaluate.evaluate(
-            log_prob, key_judge, state.ema, test, batch_size=20, on_progress=on_progress
-        )
+    judged = training.judge(problem.model, config.eval_samples, key_judge, state.ema, test)
     elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, test)
     kl = evaluate.evaluate(_unit_kl(problem), key_judge, state.ema, test)
     loc = evaluate.evaluate(
