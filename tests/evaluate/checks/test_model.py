@@ -480,6 +480,34 @@ def test_a_correct_model_passes(name):
         assert all(not check.advice for check in report.checks)
 
 
+@pytest.mark.slow
+def test_a_large_model_is_checked_by_blocks():
+    """A VAE with 26,000 parameters on each side: right, log_q's scale times 1.05, and the prior's mean off by .1."""
+    likelihood = likelihoods.bernoulli()
+    encoder, decoder = vd.nets.mlp((60,), (8,), hidden=(400,)), vd.nets.mlp((4,), (60,), hidden=(400,))
+    vae = vd.vae(encoder, decoder, latent_dim=4, likelihood=likelihood)
+
+    def log_q(params, x, z):
+        loc = encoder.apply(params.lam, likelihood.embed(x))[:4]
+        factor = 1.0 + 0.05 * params.phi["wider"].astype(jnp.float32)
+        return vae.log_q(params, x, loc + (z - loc) / factor) - 4 * jnp.log(factor)
+
+    def log_joint(params, x, z):
+        shift = 0.1 * params.phi["shifted"].astype(jnp.float32)
+        return vae.log_joint(params, x, z) + jnp.sum(shift * z - 0.5 * shift**2)
+
+    model = vae._replace(init=None, log_q=log_q, log_joint=log_joint, elbo_terms=None)
+    x, right = jnp.ones(60, jnp.int32), vae.init(jax.random.key(0))
+    for wider, shifted, found_by in [
+        (0, 0, set()),
+        (1, 0, {"log_q score", "log_q Stein"}),
+        (0, 1, {"log_joint Stein"}),
+    ]:
+        params = right._replace(phi={"wider": jnp.int32(wider), "shifted": jnp.int32(shifted)})
+        report = check_model(model, params, x, jax.random.key(0))
+        assert found_by <= set(failed(report)) and report.ok == (not found_by), str(report)
+
+
 def test_few_draws_are_enough_to_pass_and_to_see_a_gross_error():
     assert check_model(GAUSSIAN, GAUSSIAN_PARAMS(), REAL, jax.random.key(3), num_draws=100).ok
     params = GAUSSIAN_PARAMS("swapped mean and scale in log_q")

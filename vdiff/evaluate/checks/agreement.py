@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from vdiff.evaluate.checks.reference import Joint, Reference
@@ -18,6 +19,8 @@ from vdiff.types import Key, ModelLike, Params, PyTree
 
 FLOATS_AT_ONCE = 2**22
 NUM_MOVED = 20
+MANY_PARAMETERS = 20_000
+NUM_BLOCKS = 100
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
@@ -80,26 +83,31 @@ def q_moments(
         The moments of `identities`, and of "pathwise" and "elbo_terms" where asked for.
     """
 
+    def log_q(params: Params, z: PyTree) -> Array:
+        return model.log_q(params, x, z)
+
     def log_density(params: Params, y: Joint) -> Array:
-        return model.log_q(params, x, y.z)
+        return log_q(params, y.z)
 
     def draw_z(key: Key, params: Params) -> PyTree:
         return model.sample_q(key, params, x)
 
-    def statistic(key: Key) -> dict[str, PyTree]:
-        key_z, key_identities, key_terms = jax.random.split(key, 3)
-        z = draw_z(key_z, params)
-        out = identities(key_identities, log_density, params, learned, Joint((), z), reference)
+    def terms_less_log_weight(key: Key, z: PyTree) -> Array:
+        log_weight = model.log_joint(params, x, z) - model.log_q(params, x, z)
+        return (sum(terms(key, params, x).values()) - log_weight) / unit
+
+    def statistic(keys: Key) -> dict[str, PyTree]:
+        keys_z, keys_identities, keys_terms = _split_each(keys, 3)
+        z = jax.vmap(draw_z, in_axes=(0, None))(keys_z, params)
+        out = identities(keys_identities, log_density, params, learned, Joint((), z), reference)
         if loc_and_scale is not None:
-            out["pathwise"] = pathwise_difference(
-                key_z, draw_z, params, learned, out["score"], *loc_and_scale
-            )
+            out["pathwise"] = pathwise_difference(keys_z, draw_z, log_q, params, learned, *loc_and_scale)
         if terms is not None:
-            log_weight = model.log_joint(params, x, z) - model.log_q(params, x, z)
-            out["elbo_terms"] = (sum(terms(key_terms, params, x).values()) - log_weight) / unit
+            out["elbo_terms"] = jnp.mean(jax.vmap(terms_less_log_weight)(keys_terms, z))
         return out
 
-    return moments(statistic, key, num_draws, _chunk_size(learned, jax.eval_shape(draw_z, key, params)))
+    sizes = _sizes(learned, jax.eval_shape(draw_z, key, params), num_draws)
+    return moments(statistic, key, num_draws, *sizes)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -126,15 +134,27 @@ def joint_moments(
     def draw(key: Key) -> Joint:
         return Joint(*model.sample(key, params))
 
-    def statistic(key: Key) -> dict[str, PyTree]:
-        key_y, key_identities = jax.random.split(key)
-        return identities(key_identities, log_density, params, learned, draw(key_y), reference)
+    def statistic(keys: Key) -> dict[str, PyTree]:
+        keys_y, keys_identities = _split_each(keys, 2)
+        return identities(keys_identities, log_density, params, learned, jax.vmap(draw)(keys_y), reference)
 
-    return moments(statistic, key, num_draws, _chunk_size(learned, jax.eval_shape(draw, key)))
+    return moments(statistic, key, num_draws, *_sizes(learned, jax.eval_shape(draw, key), num_draws))
 
 
-def _chunk_size(learned: PyTree, y: PyTree) -> int:
-    """Return how many draws fit into memory: each has a gradient, and a y of its own for each move."""
+def _split_each(keys: Key, num: int) -> Key:
+    """Split each of B keys, [num, B]."""
+    return jax.vmap(lambda key: jax.random.split(key, num), out_axes=1)(keys)
+
+
+def _sizes(learned: PyTree, y: PyTree, num_draws: int) -> tuple[int, int]:
+    """Return how many blocks of draws fit into memory, and how many draws make a block with one gradient.
+
+    Each block has a gradient, and each draw a y of its own for each move.
+    """
     size = sum(leaf.size for leaf in jax.tree.leaves(learned))
-    size += NUM_MOVED * sum(leaf.size for leaf in jax.tree.leaves(y))
-    return max(1, min(100, FLOATS_AT_ONCE // (size + 1)))
+    size_of_draw = NUM_MOVED * sum(leaf.size for leaf in jax.tree.leaves(y))
+    block_size = 1
+    if size > MANY_PARAMETERS:
+        block_size = max(1, min(num_draws // NUM_BLOCKS, FLOATS_AT_ONCE // (size_of_draw + 1)))
+    size += block_size * size_of_draw
+    return max(1, min(100, FLOATS_AT_ONCE // (size + 1))), block_size
