@@ -318,8 +318,8 @@ def _up_to(config: Config, draws: tuple[int, ...]) -> tuple[int, ...]:
 def _cells(part: dict) -> tuple[str, str]:
     """Write a bias, or that it is less than so many draws can see, and the standard deviation of one draw."""
     # The norm of a mean of pure noise is about `noise`; three of it and a z-score of 5, and it is a bias.
-    is_seen = part["bias"] > 3 * part["noise"] and part["z"] > 5
-    bias = f"{part['bias']:.1%}" if is_seen else f"< {max(3 * part['noise'], 1e-3):.1%}"
+    least = max(3 * part["noise"], 1e-3)
+    bias = f"{part['bias']:.1%}" if part["bias"] > least and part["z"] > 5 else f"< {least:.1%}"
     return bias, f"{part['std']:.2g}"
 
 

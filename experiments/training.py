@@ -16,11 +16,16 @@ from vdiff.train.hooks import progress_bar, stop_if_diverged, tensorboard, write
 
 
 def optimizer_of(config: runs.RunConfig) -> optax.GradientTransformation:
-    """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at a norm that is rarely met."""
-    return optax.chain(
+    """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at a norm that is rarely met.
+
+    What an estimator learns is clipped by itself: the gradient of a variance may be large, and would drown the model's.
+    """
+    clipped_adam = optax.chain(
         optax.clip_by_global_norm(200.0),
         optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps)),
     )
+    parts = vd.Params(theta="model", phi="model", lam="model", cv="cv")
+    return optax.partition({"model": clipped_adam, "cv": clipped_adam}, parts)
 
 
 def train(
