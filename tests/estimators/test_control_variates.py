@@ -17,6 +17,8 @@ from vdiff.estimators.perturbed import perturb
 RELAXATION = {"bernoulli": relaxations.bernoulli, "categorical": relaxations.one_hot}
 SIZE = {"bernoulli": 2, "categorical": 3}
 CV = {"log_temperature": jnp.float32(-0.7), "scale": jnp.float32(0.8)}
+NEAR = {"log_temperature": jnp.float32(-0.3), "scale": jnp.float32(1.0)}
+"""What training tends to: little noise is left, and many draws can be asked for."""
 FAR_OFF = {"log_temperature": jnp.float32(1.0), "scale": jnp.float32(-0.5)}
 """Any cv is unbiased; this one is worse than none."""
 
@@ -99,7 +101,11 @@ def shifted(toy, value):
         ("bernoulli", 1, CV, [(vd.rebar, 1.0), (vd.relax, 1.0)], 80_000),
         ("bernoulli", 1, FAR_OFF, [(vd.relax, 1.0)], 140_000),
         ("bernoulli", 2, CV, [(vd.rebar, 1.0), (vd.relax, 2.0), (vd.rebar, "tvo")], 140_000),
-        ("bernoulli", 5, CV, [(vd.rebar, 0.0)], 90_000),
+        ("bernoulli", 5, NEAR, [(vd.rebar, 0.0)], 320_000),
+        pytest.param(
+            "bernoulli", 8, NEAR, [(vd.rebar, 1.0), (vd.relax, 1.0)], 90_000, marks=pytest.mark.slow
+        ),
+        pytest.param("bernoulli", 8, NEAR, [(vd.rebar, 0.0)], 600_000, marks=pytest.mark.slow),
         ("categorical", 1, CV, [(vd.relax, 1.0)], 180_000),
         ("categorical", 2, CV, [(vd.rebar, 0.0)], 120_000),
     ],
@@ -107,7 +113,7 @@ def shifted(toy, value):
 def test_gradients_are_unbiased(name, num_samples, cv, cases, num_draws):
     """Theta, phi and lambda, batch of 3, against enumeration of each bound.
 
-    A bias of lambda shows from 2 % of its norm; for the two slow pairs of iwae from 5 %.
+    A bias of lambda shows from 2 % of its norm; for iwae with a cv far from the best one from 5 %.
     """
     exact = toys.exact(name, num_samples)
     toy = shifted(toys.toy(name), exact[cases[0][1]][0])
@@ -119,9 +125,9 @@ def test_gradients_are_unbiased(name, num_samples, cv, cases, num_draws):
     for (of, alpha), (values, draws) in runs.items():
         value, gradient = exact[alpha]
         assert toys.z_scores(values[:, None], value - exact[cases[0][1]][0]) < 5.0, (of, alpha)
-        is_slow = alpha == 0.0
-        toys.check_unbiased(draws, gradient, ("theta", "phi") if is_slow else ("theta", "phi", "lam"))
-        if is_slow:
+        is_noisy = alpha == 0.0 and cv is CV
+        toys.check_unbiased(draws, gradient, ("theta", "phi") if is_noisy else ("theta", "phi", "lam"))
+        if is_noisy:
             lam, mean = toys.flat(draws.lam), toys.flat_single(gradient.lam)
             direction = mean / np.linalg.norm(mean)
             along = (lam @ direction)[:, None]

@@ -14,7 +14,7 @@ from typing import NamedTuple, SupportsFloat
 from vdiff.report.markup import figure, grid, paragraph, wrap, write
 from vdiff.report.values import Value, format_seconds, format_value
 
-_NUMBER = re.compile(r"[−+]?[\d,.]+(e[−+]\d+)?( ± [\d,.]+)?%?|–")
+_NUMBER = re.compile(r"(< )?[−+]?[\d,.]+(e[−+]\d+)?( ± [\d,.]+)?%?|–")
 
 
 class Tile(NamedTuple):
