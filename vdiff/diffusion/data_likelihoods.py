@@ -1,0 +1,159 @@
+r"""The last step p(x | z_1) of a diffusion model, and the place where its noise is added.
+
+    gaussian(scale)               x real                N(x; x_hat, scale^2)
+    discretized_gaussian(levels)  x in {0..levels-1}    mass of N(x_hat, scale^2) on the bin of x
+    levels(n)                     x in {0..n-1}         softmax over k of  -1/2 SNR_1 (z_1 / alpha_1 - value(k))^2
+    bernoulli()                   x in {0, 1}           levels(2)
+
+x_hat is the denoiser's guess at z_1. `levels` does without it: it is the posterior under a flat prior on levels, needs
+nothing learned, and is sharp once log-SNR at z_1 is well above that of a level's spacing.
+
+Source: Ho, Jain and Abbeel, 2020, eq. 13 (discretised Gaussian); Kingma et al., Variational Diffusion Models, 2021, eq. 8
+(levels).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
+from jaxtyping import Array
+
+from vdiff.densities import normal_log_prob
+from vdiff.diffusion.forward import alpha
+from vdiff.types import Key, PyTree, check_key
+
+
+class DataLikelihood(NamedTuple):
+    """Hold p(x | z_1) of one datum.
+
+    Attributes:
+        init: `(key) -> params`, what it learns; `()` when nothing.
+        log_prob: `(params, x, x_hat, z, log_snr) -> []`, nats, summed over dimensions; z is z_1, at log_snr.
+        sample: `(key, params, x_hat, z, log_snr) -> x`.
+        embed: `(x) -> float array`, where noise is added; the shape of the latents.
+        unembed: `(y) -> x's units`, a float array; the inverse of `embed` between levels too.
+    """
+
+    init: Callable[[Key], PyTree]
+    log_prob: Callable[[PyTree, Array, Array, Array, Array], Array]
+    sample: Callable[[Key, PyTree, Array, Array, Array], Array]
+    embed: Callable[[Array], Array]
+    unembed: Callable[[Array], Array]
+
+
+def gaussian(scale: float | None = None) -> DataLikelihood:
+    """Build p(x | z_1) = N(x; x_hat, scale^2 I), for real x.
+
+    Args:
+        scale: a fixed standard deviation, or None: one number is learned, starting at 0.1.
+
+    Returns:
+        A `DataLikelihood`; its log_prob is a density.
+
+    Raises:
+        ValueError: if a fixed scale is not positive and finite.
+    """
+    if scale is not None and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale: got {scale}, expected a positive number, or None to learn it")
+
+    def log_scale_of(params: PyTree) -> Array:
+        return params if scale is None else jnp.asarray(math.log(scale), jnp.float32)
+
+    def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
+        return jnp.sum(normal_log_prob(x, x_hat, jnp.broadcast_to(log_scale_of(params), x.shape)))
+
+    def sample(key: Key, params: PyTree, x_hat: Array, z: Array, log_snr: Array) -> Array:
+        return x_hat + jnp.exp(log_scale_of(params)) * jax.random.normal(check_key(key), x_hat.shape)
+
+    init = (lambda key: jnp.log(jnp.asarray(0.1))) if scale is None else (lambda key: ())
+    return DataLikelihood(init, log_prob, sample, lambda x: x, lambda y: y)
+
+
+def discretized_gaussian(levels: int) -> DataLikelihood:
+    """Build the mass that N(x_hat, scale^2) puts on the bin of x, the outermost bins reaching to infinity.
+
+    The scale is that of the noise in z_1 / alpha_1 times a learned number, one at the start.
+
+    Args:
+        levels: how many values a pixel can take; level k is embedded at (2 k + 1) / levels - 1.
+
+    Returns:
+        A `DataLikelihood`; samples are int32.
+
+    Raises:
+        ValueError: if there are fewer than two levels.
+    """
+    embed, unembed = _embedding(levels)
+    half = 1.0 / levels
+
+    def scale_of(params: PyTree, log_snr: Array) -> Array:
+        return jnp.exp(params - 0.5 * log_snr)
+
+    def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
+        centred, scale = embed(x) - x_hat, scale_of(params, log_snr)
+        upper, lower = (centred + half) / scale, (centred - half) / scale
+        # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): taken in the tail where the two differ most in their logarithms.
+        left = jnp.where(centred > 0, -upper, lower)
+        right = jnp.where(centred > 0, -lower, upper)
+        log_right = log_ndtr(right)
+        inside = log_right + jnp.log(-jnp.expm1(jnp.minimum(log_ndtr(left) - log_right, -1e-7)))
+        ends = jnp.where(x == 0, log_ndtr(upper), log_ndtr(-lower))
+        return jnp.sum(jnp.where((x == 0) | (x == levels - 1), ends, inside))
+
+    def sample(key: Key, params: PyTree, x_hat: Array, z: Array, log_snr: Array) -> Array:
+        y = x_hat + scale_of(params, log_snr) * jax.random.normal(check_key(key), x_hat.shape)
+        return jnp.clip(jnp.round(unembed(y)), 0, levels - 1).astype(jnp.int32)
+
+    return DataLikelihood(lambda key: jnp.zeros(()), log_prob, sample, embed, unembed)
+
+
+def levels(num_levels: int) -> DataLikelihood:
+    """Build p(x | z_1) over levels, each weighed by how well it explains z_1.
+
+        p(x_i = k | z_1) = softmax_k( -1/2 SNR_1 (z_1i / alpha_1 - value(k))^2 ),   value(k) = (2 k + 1) / n - 1
+
+    Args:
+        num_levels: n, how many values a pixel can take.
+
+    Returns:
+        A `DataLikelihood` with nothing to learn; samples are int32.
+
+    Raises:
+        ValueError: if there are fewer than two levels.
+    """
+    embed, unembed = _embedding(num_levels)
+
+    def log_masses(z: Array, log_snr: Array) -> Array:
+        values = embed(jnp.arange(num_levels)).reshape((1,) * z.ndim + (num_levels,))
+        # Squared distances, not their expansion: at a high SNR its terms would cancel.
+        distance = z[..., None] / alpha(log_snr) - values
+        return jax.nn.log_softmax(-0.5 * jnp.exp(log_snr) * jnp.square(distance))
+
+    def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
+        index = x.astype(jnp.int32)[..., None]
+        return jnp.sum(jnp.take_along_axis(log_masses(z, log_snr), index, axis=-1))
+
+    def sample(key: Key, params: PyTree, x_hat: Array, z: Array, log_snr: Array) -> Array:
+        return jax.random.categorical(check_key(key), log_masses(z, log_snr)).astype(jnp.int32)
+
+    return DataLikelihood(lambda key: (), log_prob, sample, embed, unembed)
+
+
+def bernoulli() -> DataLikelihood:
+    """Build p(x | z_1) for bits: `levels(2)`, the bits at -1/2 and 1/2.
+
+    log p(x = 1 | z_1) - log p(x = 0 | z_1) = alpha_1 z_1 / sigma_1^2
+    """
+    return levels(2)
+
+
+def _embedding(levels: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    if levels < 2:
+        raise ValueError(f"levels: got {levels}, expected at least 2; count the values a pixel can take")
+    return (
+        lambda x: (2.0 * x.astype(jnp.float32) + 1.0) * (1.0 / levels) - 1.0,
+        lambda y: ((y + 1.0) * levels - 1.0) * 0.5,
+    )

@@ -1,0 +1,341 @@
+r"""Noise schedules: betas of a chain, and log-SNR as a function of time.
+
+A chain is given by beta_1..beta_m; continuous time by a `Schedule`, log_snr = apply(lam, t), falling from t = 0, the data, to
+t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a schedule then
+only decides where the estimate spends its draws.
+
+Any Gaussian process a(t) x + s(t) eps of the literature is a variance-preserving one in other units,
+
+    a x + s eps = scale * z,   log_snr = 2 log(a / s),   scale = sqrt(a^2 + s^2)
+
+    variance preserving    scale = 1
+    variance exploding     x + s eps              scale = 1 / alpha
+    rectified flow         (1 - t) x + t eps      scale = 1 / (alpha + sigma)
+
+and a `Schedule` carries its scale as a function of log-SNR.
+
+Source: Kingma et al., Variational Diffusion Models, 2021; Song et al., Score-Based Generative Modeling through Stochastic
+Differential Equations, 2021; Karras et al., 2022; Liu, Gong and Liu, Flow Straight and Fast, 2023.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from vdiff.diffusion.forward import alpha, sigma
+from vdiff.types import Key, PyTree
+
+
+class Schedule(NamedTuple):
+    """Hold log-SNR as a function of time, in the form of a `Network`, and the units that its process is written in.
+
+    Attributes:
+        init: `(key) -> lam`; `()` when fixed.
+        apply: `(lam, t []) -> log_snr []`, falling in t from 0 to 1.
+        scale: `(log_snr) -> []`, the factor from z to the process of the literature.
+    """
+
+    init: Callable[[Key], PyTree]
+    apply: Callable[[PyTree, Array], Array]
+    scale: Callable[[Array], Array] = jnp.ones_like
+
+
+def linear_betas(num_steps: int, first: float = 1e-4, last: float = 0.02) -> Float[Array, " m"]:
+    """Space betas evenly, for any number of steps as noisy at the end as 1,000 steps of the given ones.
+
+        beta_i = (1000 / m) (first + (last - first) (i - 1) / (m - 1)),   at most 0.999
+
+    Args:
+        num_steps: m.
+        first: beta_1 when m is 1,000.
+        last: beta_m when m is 1,000.
+
+    Returns:
+        [m].
+
+    Raises:
+        ValueError: if `num_steps` is less than one, or a beta is not in (0, 1).
+
+    Source: Ho, Jain and Abbeel, 2020; the factor from Nichol and Dhariwal, 2021.
+    """
+    _check_num_steps(num_steps)
+    for name, beta in (("first", first), ("last", last)):
+        _check_beta(name, beta)
+    return jnp.minimum(jnp.linspace(first, last, num_steps) * (1000.0 / num_steps), 0.999)
+
+
+def cosine_betas(num_steps: int, offset: float = 0.008) -> Float[Array, " m"]:
+    """Let alpha^2 fall as a squared cosine.
+
+        alpha_i^2 = f(i / m) / f(0),   f(t) = cos^2( (t + offset) / (1 + offset) pi / 2 ),   beta_i at most 0.999
+
+    Args:
+        num_steps: m.
+        offset: keeps the first betas from vanishing; positive.
+
+    Returns:
+        [m].
+
+    Raises:
+        ValueError: if `num_steps` is less than one or `offset` is not positive.
+
+    Source: Nichol and Dhariwal, Improved Denoising Diffusion Probabilistic Models, 2021, eq. 17.
+    """
+    _check_num_steps(num_steps)
+    if not offset > 0:
+        raise ValueError(f"offset: got {offset}, expected a positive number, e.g. 0.008")
+    angle = (jnp.linspace(0.0, 1.0, num_steps + 1) + offset) / (1.0 + offset) * (jnp.pi / 2)
+    # 1 - cos^2(b) / cos^2(a) as sin(b - a) sin(b + a) / cos^2(a): small betas keep their digits.
+    before, after = angle[:-1], angle[1:]
+    betas = jnp.sin(after - before) * jnp.sin(after + before) / jnp.square(jnp.cos(before))
+    return jnp.minimum(betas, 0.999)
+
+
+def constant_betas(num_steps: int, beta: float) -> Float[Array, " m"]:
+    """Repeat one beta.
+
+    Args:
+        num_steps: m.
+        beta: in (0, 1).
+
+    Returns:
+        [m].
+
+    Raises:
+        ValueError: if `num_steps` is less than one, or beta is not in (0, 1).
+
+    Source: lecture 12.2.6.
+    """
+    _check_num_steps(num_steps)
+    return jnp.full((num_steps,), _check_beta("beta", beta))
+
+
+def log_snrs_of(betas: Float[Array, " m"] | np.ndarray) -> Float[Array, " m"]:
+    """Return the log-SNRs of z_1..z_m, given the variance that each step adds.
+
+        alpha_i^2 = prod_{j <= i} (1 - beta_j),   log_snr_i = log alpha_i^2 - log(1 - alpha_i^2)
+
+    In float64 on the host, so that a thousand summed logarithms keep their digits; `forward.betas_of` is the way back.
+
+    Args:
+        betas: [m] numbers in (0, 1).
+
+    Returns:
+        [m], falling, float32.
+
+    Raises:
+        ValueError: if betas are not [m] numbers in (0, 1).
+    """
+    betas = np.asarray(betas, np.float64)
+    if betas.ndim != 1 or len(betas) == 0 or not np.all((betas > 0) & (betas < 1)):
+        raise ValueError(
+            f"betas: got {betas}, expected [m] variances in (0, 1); make them with linear_betas(m)"
+        )
+    log_alpha_squared = np.cumsum(np.log1p(-betas))
+    return jnp.asarray(log_alpha_squared - np.log(-np.expm1(log_alpha_squared)), jnp.float32)
+
+
+def linear_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0) -> Schedule:
+    """Let log-SNR fall linearly in time."""
+    _check_ends(log_snr_max, log_snr_min)
+    return _fixed(lambda t: log_snr_max + (log_snr_min - log_snr_max) * t)
+
+
+def cosine_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0) -> Schedule:
+    """Let alpha fall as a cosine: log_snr = -2 log tan(angle), the angle linear in time.
+
+    Source: Nichol and Dhariwal, 2021; in log-SNR by Hoogeboom et al., Simple Diffusion, 2023.
+    """
+    _check_ends(log_snr_max, log_snr_min)
+    first, last = (math.atan(math.exp(-0.5 * end)) for end in (log_snr_max, log_snr_min))
+
+    def apply(t: Array) -> Array:
+        angle = first + (last - first) * t
+        return 2.0 * (jnp.log(jnp.cos(angle)) - jnp.log(jnp.sin(angle)))
+
+    return _fixed(apply)
+
+
+def variance_preserving(rate_first: float = 0.1, rate_last: float = 20.0, time_min: float = 1e-3) -> Schedule:
+    """Take the limit of `linear_betas`: alpha^2 = exp(-int rate), the rate linear in time.
+
+    Args:
+        rate_first: rate at time 0.
+        rate_last: rate at time 1.
+        time_min: where t = 0 lies; log-SNR is infinite at time 0.
+
+    Source: Song et al., 2021, appendix C.
+    """
+    if not (0 < rate_first and 0 < rate_last and 0 < time_min < 1):
+        raise ValueError(
+            f"rates and time_min: got {rate_first}, {rate_last}, {time_min}, expected positive rates and a time in (0, 1)"
+        )
+
+    def apply(t: Array) -> Array:
+        time = time_min + (1.0 - time_min) * t
+        return -jnp.log(jnp.expm1(time * rate_first + 0.5 * jnp.square(time) * (rate_last - rate_first)))
+
+    return _fixed(apply)
+
+
+def variance_exploding(noise_min: float = 0.01, noise_max: float = 50.0) -> Schedule:
+    """Write x + s eps with s rising geometrically: log_snr = -2 log s, linear in time.
+
+    Source: Song et al., 2021, appendix C.
+    """
+    _check_noise(noise_min, noise_max)
+    schedule = linear_log_snr(-2.0 * math.log(noise_min), -2.0 * math.log(noise_max))
+    return schedule._replace(scale=lambda log_snr: 1.0 / alpha(log_snr))
+
+
+def edm(noise_min: float = 0.002, noise_max: float = 80.0, rho: float = 7.0) -> Schedule:
+    """Write x + s eps with s^(1/rho) linear in time.
+
+    Args:
+        noise_min: s at t = 0, in units of x.
+        noise_max: s at t = 1.
+        rho: how much of the time small noise gets.
+
+    Source: Karras et al., 2022, eq. 5.
+    """
+    _check_noise(noise_min, noise_max)
+    if not rho > 0:
+        raise ValueError(f"rho: got {rho}, expected a positive number, e.g. 7")
+    first, last = noise_min ** (1.0 / rho), noise_max ** (1.0 / rho)
+    return Schedule(
+        lambda key: (),
+        lambda lam, t: -2.0 * rho * jnp.log(first + (last - first) * t),
+        lambda log_snr: 1.0 / alpha(log_snr),
+    )
+
+
+def rectified_flow(time_min: float = 1e-3, time_max: float = 0.999) -> Schedule:
+    """Write (1 - s) x + s eps, s linear in time: log_snr = 2 log((1 - s) / s).
+
+    Args:
+        time_min: s at t = 0; log-SNR is infinite at s = 0.
+        time_max: s at t = 1; log-SNR is minus infinite at s = 1.
+
+    Source: Liu, Gong and Liu, 2023; Lipman et al., Flow Matching for Generative Modeling, 2023.
+    """
+    if not 0 < time_min < time_max < 1:
+        raise ValueError(
+            f"time_min, time_max: got {time_min}, {time_max}, expected 0 < time_min < time_max < 1"
+        )
+
+    def apply(lam: PyTree, t: Array) -> Array:
+        s = time_min + (time_max - time_min) * t
+        return 2.0 * (jnp.log1p(-s) - jnp.log(s))
+
+    return Schedule(lambda key: (), apply, lambda log_snr: 1.0 / (alpha(log_snr) + sigma(log_snr)))
+
+
+def learned_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0, num_bins: int = 32) -> Schedule:
+    """Learn how much of the time each stretch of log-SNR gets; both ends are pinned.
+
+    log-SNR is piecewise linear in time, each of `num_bins` equal stretches taking softmax(lam)_i of it. So the density of
+    times over log-SNR is a histogram, and where it settles is proportional to the root of the squared loss there.
+
+    Args:
+        log_snr_max: at t = 0.
+        log_snr_min: at t = 1.
+        num_bins: stretches.
+
+    Returns:
+        A `Schedule` whose lam is [num_bins], zeros at the start: linear.
+
+    Raises:
+        ValueError: if the ends do not fall, or `num_bins` is less than one.
+    """
+    _check_ends(log_snr_max, log_snr_min)
+    if num_bins < 1:
+        raise ValueError(f"num_bins: got {num_bins}, expected at least 1")
+    width = (log_snr_min - log_snr_max) / num_bins
+
+    def apply(lam: Float[Array, " num_bins"], t: Array) -> Array:
+        share = jax.nn.softmax(lam)
+        ends = jnp.cumsum(share)
+        i = jnp.minimum(jnp.searchsorted(stop_gradient(ends), t, side="right"), num_bins - 1)
+        start = jnp.where(i == 0, 0.0, ends[i - 1])
+        # The last stretch ends at one, whatever rounding made of the sum.
+        stop = jnp.where(i == num_bins - 1, 1.0, ends[i])
+        # An empty stretch is never entered but at its ends; there any finite slope will do.
+        length = jnp.maximum(stop - start, 1e-12)
+        return log_snr_max + width * (i.astype(share.dtype) + (t - start) / length)
+
+    return Schedule(lambda key: jnp.zeros(num_bins), apply)
+
+
+def monotone_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0, num_units: int = 32) -> Schedule:
+    """Learn a smooth monotone function of time, its two ends pinned by normalising.
+
+        raw(t) = e^l t + 1/n sum_i e^{w_i} sigmoid(4 e^{a_i} (t - c_i))
+        log_snr = log_snr_max + (log_snr_min - log_snr_max) (raw(t) - raw(0)) / (raw(1) - raw(0))
+
+    Args:
+        log_snr_max: at t = 0.
+        log_snr_min: at t = 1.
+        num_units: n.
+
+    Returns:
+        A `Schedule` with lam {"slope": l, "height": w, "steepness": a, "centre": c}.
+
+    Raises:
+        ValueError: if the ends do not fall, or `num_units` is less than one.
+
+    Source: after Kingma et al., Variational Diffusion Models, 2021, appendix H.
+    """
+    _check_ends(log_snr_max, log_snr_min)
+    if num_units < 1:
+        raise ValueError(f"num_units: got {num_units}, expected at least 1")
+
+    def init(key: Key) -> PyTree:
+        return {
+            "slope": jnp.zeros(()),
+            "height": jnp.zeros(num_units),
+            "steepness": jnp.log1p(5.0 * jax.random.uniform(key, (num_units,))),
+            "centre": jnp.linspace(0.0, 1.0, num_units),
+        }
+
+    def raw(lam: PyTree, t: Array) -> Array:
+        bumps = jax.nn.sigmoid(4.0 * jnp.exp(lam["steepness"]) * (t - lam["centre"]))
+        return jnp.exp(lam["slope"]) * t + jnp.mean(jnp.exp(lam["height"]) * bumps)
+
+    def apply(lam: PyTree, t: Array) -> Array:
+        first, last = raw(lam, jnp.zeros_like(t)), raw(lam, jnp.ones_like(t))
+        return log_snr_max + (log_snr_min - log_snr_max) * (raw(lam, t) - first) / (last - first)
+
+    return Schedule(init, apply)
+
+
+def _fixed(log_snr: Callable[[Array], Array]) -> Schedule:
+    return Schedule(lambda key: (), lambda lam, t: log_snr(t))
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps: got {num_steps}, expected at least 1")
+
+
+def _check_beta(name: str, beta: float) -> float:
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"{name}: got {beta}, expected a variance in (0, 1)")
+    return beta
+
+
+def _check_ends(log_snr_max: float, log_snr_min: float) -> None:
+    if not log_snr_min < log_snr_max:
+        raise ValueError(
+            f"log_snr_max, log_snr_min: got {log_snr_max}, {log_snr_min}, expected a fall; exchange them"
+        )
+
+
+def _check_noise(noise_min: float, noise_max: float) -> None:
+    if not 0 < noise_min < noise_max:
+        raise ValueError(f"noise_min, noise_max: got {noise_min}, {noise_max}, expected 0 < min < max")
