@@ -1,7 +1,9 @@
 """Diffusion models: the same ELBO at full depth, with learned schedules, samplers and likelihoods."""
 
 from vdiff.diffusion import predict as predict
+from vdiff.diffusion.ancestral import Grid as Grid
 from vdiff.diffusion.ancestral import ancestral as ancestral
+from vdiff.diffusion.ancestral import uniform_time as uniform_time
 from vdiff.diffusion.data_likelihoods import DataLikelihood as DataLikelihood
 from vdiff.diffusion.data_likelihoods import bernoulli as bernoulli
 from vdiff.diffusion.data_likelihoods import discretized_gaussian as discretized_gaussian
@@ -15,7 +17,6 @@ from vdiff.diffusion.forward import forward_marginal as forward_marginal
 from vdiff.diffusion.forward import forward_noise as forward_noise
 from vdiff.diffusion.forward import forward_posterior as forward_posterior
 from vdiff.diffusion.forward import sigma as sigma
-from vdiff.diffusion.grids import uniform_time as uniform_time
 from vdiff.diffusion.model import Diffusion as Diffusion
 from vdiff.diffusion.model import Rate as Rate
 from vdiff.diffusion.schedules import Schedule as Schedule

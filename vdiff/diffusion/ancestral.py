@@ -2,8 +2,8 @@ r"""Sampling by the chain itself: the reverse steps that the ELBO speaks of, on 
 
     z_m ~ N(0, I),    z_s = E[z_s | z_t, x_hat] + sqrt(eta) eps,   x_hat = denoise(z_t),    x ~ p(x | z_1)
 
-A grid is a function `(params) -> [n]`, falling: the log-SNRs of the latents from the data's end to the noise's; n is also the
-number of times that the denoiser is called.
+A grid is a function `(diffusion, params, n) -> [n]`, falling: the log-SNRs of n latents from the data's end to the
+noise's. Each latent is denoised once, so n is also the number of calls of the denoiser.
 
 Source: Ho, Jain and Abbeel, 2020, algorithm 2.
 """
@@ -18,23 +18,39 @@ from vdiff.diffusion.forward import forward_posterior
 from vdiff.diffusion.model import Diffusion
 from vdiff.types import Key, Params, PyTree, check_key
 
-Grid = Callable[[Params], Float[Array, " n"]]
+Grid = Callable[[Diffusion, Params, int], Float[Array, " n"]]
 
 
-def ancestral(diffusion: Diffusion, grid: Grid) -> Callable[[Key, Params], tuple[PyTree, Array]]:
+def uniform_time(diffusion: Diffusion, params: Params, num_steps: int) -> Float[Array, " n"]:
+    """Place latents at even times of the model's own schedule: a `Grid`."""
+    times = jnp.linspace(0.0, 1.0, num_steps)
+    return jax.vmap(diffusion.log_snr, in_axes=(None, 0))(params, times)
+
+
+def ancestral(
+    diffusion: Diffusion, num_steps: int, *, grid: Grid = uniform_time
+) -> Callable[[Key, Params], tuple[PyTree, Array]]:
     """Sample by the reverse steps, with the model's own reverse variance.
+
+        diffusion = diffusion._replace(sample=ancestral(diffusion, 50))
 
     Args:
         diffusion: what to sample.
-        grid: `(params) -> [n]`, the log-SNRs of the latents, falling, e.g. `uniform_time(diffusion, 50)`.
+        num_steps: n, the latents visited and the calls of the denoiser.
+        grid: where they lie.
 
     Returns:
-        `(key, params) -> (x, z)`, z the path [n, *shape] from the data's end; n calls of the denoiser.
+        `(key, params) -> (x, z)`, z the path [n, *shape] from the data's end.
+
+    Raises:
+        ValueError: if `num_steps` is less than one.
     """
+    if num_steps < 1:
+        raise ValueError(f"num_steps: got {num_steps}, expected at least 1")
 
     def sample(key: Key, params: Params) -> tuple[PyTree, Array]:
         key_last, key_steps, key_x = jax.random.split(check_key(key), 3)
-        log_snrs = grid(params)
+        log_snrs = grid(diffusion, params, num_steps)
 
         def step(z: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             key_step, log_snr_s, log_snr_t = inputs

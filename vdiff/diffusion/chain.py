@@ -3,8 +3,8 @@ r"""A diffusion model on a chain of m latents: what `ddpm` and `vdm` have in com
     p(z_i | z_{i+1}) = N( E[z_i | z_{i+1}, x_hat], eta I ),   x_hat = denoise(z_{i+1})
     KL_i = dims/2 (v/eta - 1 - log(v/eta)) + |mean difference|^2 / (2 eta),   v the variance of q(z_i | z_{i+1}, x)
 
-The difference of the means is alpha_s c (x - x_hat) with c = 1 - SNR_t / SNR_s, and x - x_hat = (sigma_t / alpha_t) (eps_hat -
-eps), so that |mean difference|^2 = (alpha_s c sigma_t / alpha_t)^2 |eps_hat - eps|^2.
+The difference of the means is alpha_s c (x - x_hat) with c = 1 - SNR_t / SNR_s, where x - x_hat is sigma_t / alpha_t times
+eps_hat - eps, so that |mean difference|^2 = (alpha_s c sigma_t / alpha_t)^2 |eps_hat - eps|^2.
 
 One step, drawn with probability p_i, stands for the sum: the diffusion term is -KL_i / p_i.
 """
@@ -30,6 +30,7 @@ from vdiff.types import Key, Params, PyTree, Terms, check_key
 def chain(
     parts: Parts,
     *,
+    num_latents: int,
     betas: Callable[[PyTree], Float[Array, " m"]],
     log_snrs: Callable[[PyTree], Float[Array, " m"]],
     log_snr: Callable[[PyTree, Array], Array],
@@ -41,10 +42,12 @@ def chain(
 
     Args:
         parts: from `make_parts`.
+        num_latents: m.
         betas: `(lam) -> [m]`, the variance that each step of q adds.
         log_snrs: `(lam) -> [m]`, what follows from betas, falling; the ELBO is differentiated through it.
         log_snr: `(lam, t) -> []`, which passes through log_snrs at t = (i - 1) / (m - 1).
-        time_logits: `(lam) -> [m - 1]`, how often each step is drawn, taught to make the estimate vary least; None: evenly.
+        time_logits: `(lam) -> [m - 1]`, how often each step is drawn, taught to make the estimate vary least; or None,
+            evenly.
         likelihood: p(x | z_1).
         shape: of a latent.
 
@@ -85,10 +88,10 @@ def chain(
 
     def rate_at(key: Key, params: Params, x: PyTree, u: Array) -> Rate:
         times = log_snrs(params.lam)
-        if times.shape == (1,):
+        if num_latents == 1:
             return Rate(jnp.zeros(()), times[0], jnp.zeros(()))
         logits = None if time_logits is None else time_logits(params.lam)
-        i, probability = _step_at(u, times.shape[0] - 1, logits)
+        i, probability = _step_at(u, num_latents - 1, logits)
         log_snr_s, log_snr_t = times[i], times[i + 1]
         squared_error = parts.squared_error(key, params, parts.embed(x), log_snr_t)
         value = -step_kl(params, squared_error, log_snr_s, log_snr_t) / probability
@@ -117,7 +120,8 @@ def chain(
         likelihood=likelihood,
         shape=shape,
     )
-    return diffusion._replace(sample=ancestral(diffusion, lambda params: log_snrs(params.lam)))
+    own_grid = lambda _, params, num_steps: log_snrs(params.lam)  # noqa: E731
+    return diffusion._replace(sample=ancestral(diffusion, num_latents, grid=own_grid))
 
 
 def _step_at(u: Array, num_steps: int, logits: Array | None) -> tuple[Array, Array]:

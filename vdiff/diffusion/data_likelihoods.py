@@ -8,8 +8,8 @@ r"""The last step p(x | z_1) of a diffusion model, and the place where its noise
 x_hat is the denoiser's guess at z_1. `levels` does without it: it is the posterior under a flat prior on levels, needs
 nothing learned, and is sharp once log-SNR at z_1 is well above that of a level's spacing.
 
-Source: Ho, Jain and Abbeel, 2020, eq. 13 (discretised Gaussian); Kingma et al., Variational Diffusion Models, 2021, eq. 8
-(levels).
+Source: Ho, Jain and Abbeel, 2020, eq. 13 (discretised Gaussian); Kingma et al., Variational Diffusion Models, 2021,
+eq. 8 (levels).
 """
 
 import math

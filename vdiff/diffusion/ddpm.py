@@ -42,8 +42,9 @@ def ddpm(
         predict: what the denoiser's output means, e.g. `predict.velocity`.
         reverse_variance: eta, e.g. `posterior_variance()`; `beta_variance()` when left out.
         likelihood: p(x | z_1); a Gaussian around the denoiser's guess with a learned scale when left out.
-        times: how often each step is drawn, apply(lam) -> logits [m - 1], e.g. `learned_times(m)`: `params.lam` is then what it
-            learns, and its gradient lowers the variance of the estimate. Evenly when left out, and lam is `()`.
+        times: how often each step is drawn, apply(lam) -> logits [m - 1], e.g. `learned_times(m)`: `params.lam` is
+            then what it learns, and its gradient lowers the variance of the estimate. Evenly when left out, and lam
+            is `()`.
 
     Returns:
         A `Diffusion`; everything in nats per datum. `elbo_terms` draws z_1 once and one of the m - 1 steps.
@@ -67,6 +68,7 @@ def ddpm(
     grid = jnp.linspace(0.0, 1.0, len(betas))
     return chain(
         parts,
+        num_latents=len(betas),
         betas=lambda lam: jnp.asarray(betas),
         log_snrs=lambda lam: log_snrs,
         log_snr=lambda lam, t: jnp.interp(t, grid, log_snrs),

@@ -35,7 +35,7 @@ def sigma(log_snr: Float[Array, "*n"]) -> Float[Array, "*n"]:
     return jnp.exp(0.5 * log_sigmoid(-log_snr))
 
 
-def forward_noise(key: Key, x: Float[Array, "*n"], betas: Float[Array, " m"]) -> Float[Array, "m *n"]:
+def forward_noise(key: Key, x: Float[Array, "*n"], betas: Float[Array, " m"]) -> Float[Array, "m *n"]:  # noqa: F821
     """Noise a datum step by step: draw the whole path z_1..z_m of q.
 
         z_{i+1} = sqrt(1 - beta_{i+1}) z_i + sqrt(beta_{i+1}) eps_i,   z_0 = x

@@ -1,4 +1,4 @@
-r"""What every diffusion model is made of, whatever its times: a denoiser, a last step p(x | z_1), two ends of the ELBO."""
+r"""What every diffusion model is made of, whatever its times: a denoiser, p(x | z_1), the ELBO's two ends."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 r"""Noise schedules: betas of a chain, and log-SNR as a function of time.
 
-A chain is given by beta_1..beta_m; continuous time by a `Schedule`, log_snr = apply(lam, t), falling from t = 0, the data, to
-t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a schedule then
+A chain is given by beta_1..beta_m; continuous time by a `Schedule`, log_snr = apply(lam, t), falling from t = 0, the
+data, to t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a schedule then
 only decides where the estimate spends its draws.
 
 Any Gaussian process a(t) x + s(t) eps of the literature is a variance-preserving one in other units,
@@ -14,8 +14,8 @@ Any Gaussian process a(t) x + s(t) eps of the literature is a variance-preservin
 
 and a `Schedule` carries its scale as a function of log-SNR.
 
-Source: Kingma et al., Variational Diffusion Models, 2021; Song et al., Score-Based Generative Modeling through Stochastic
-Differential Equations, 2021; Karras et al., 2022; Liu, Gong and Liu, Flow Straight and Fast, 2023.
+Source: Kingma et al., Variational Diffusion Models, 2021; Song et al., Score-Based Generative Modeling through
+Stochastic Differential Equations, 2021; Karras et al., 2022; Liu, Gong and Liu, Flow Straight and Fast, 2023.
 """
 
 import math
@@ -174,7 +174,8 @@ def variance_preserving(rate_first: float = 0.1, rate_last: float = 20.0, time_m
     """
     if not (0 < rate_first and 0 < rate_last and 0 < time_min < 1):
         raise ValueError(
-            f"rates and time_min: got {rate_first}, {rate_last}, {time_min}, expected positive rates and a time in (0, 1)"
+            f"rates and time_min: got {rate_first}, {rate_last}, {time_min}, expected positive rates "
+            "and a time in (0, 1)"
         )
 
     def apply(t: Array) -> Array:
@@ -239,8 +240,8 @@ def rectified_flow(time_min: float = 1e-3, time_max: float = 0.999) -> Schedule:
 def learned_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0, num_bins: int = 32) -> Schedule:
     """Learn how much of the time each stretch of log-SNR gets; both ends are pinned.
 
-    log-SNR is piecewise linear in time, each of `num_bins` equal stretches taking softmax(lam)_i of it. So the density of
-    times over log-SNR is a histogram, and where it settles is proportional to the root of the squared loss there.
+    log-SNR is piecewise linear in time, each of `num_bins` equal stretches taking softmax(lam)_i of it. So the density
+    of times over log-SNR is a histogram, and where it settles is proportional to the root of the squared loss there.
 
     Args:
         log_snr_max: at t = 0.

@@ -2,12 +2,13 @@ r"""The variational diffusion model: log-SNR as a function of time, learned as l
 
     log_snr = L(lam, t),  falling from t = 0 to t = 1
 
-A chain of m latents has log-SNRs L(0), L(1/(m-1)), .. L(1) and is a `Model` like any other. As m grows the diffusion term becomes
+A chain of m latents has log-SNRs L(0), L(1/(m-1)), .. L(1) and is a `Model` like any other. As m grows the
+diffusion term becomes
 
     -1/2 int SNR(t)'s decay |x - x_hat|^2 dt  =  -1/2 E_u[ -L'(u) |eps_hat - eps|^2 ],   u ~ U[0, 1)
 
-which does not depend on L but through its two ends. So in continuous time lam is given another aim: the least variance of
-that one-draw estimate, f, whose gradient is that of E[f^2] by lam at fixed log-SNR,
+which does not depend on L but through its two ends. So in continuous time lam is given another aim: the least variance
+of that one-draw estimate, f, whose gradient is that of E[f^2] by lam at fixed log-SNR,
 
     d/d lam E[f^2] = -E[ f^2 d log p(log_snr) / d lam ],   p(log_snr) = 1 / |L'|
 
@@ -52,17 +53,18 @@ def vdm(
         shape: of a datum.
         num_steps: m, how many latents the chain has (m - 1 steps); None for continuous time.
         predict: what the denoiser's output means, e.g. `predict.velocity`.
-        reverse_variance: eta, e.g. `beta_variance()`; `posterior_variance()` when left out. Samplers read it in continuous
-            time too.
+        reverse_variance: eta, e.g. `beta_variance()`; `posterior_variance()` when left out. Samplers read it in
+            continuous time too.
         likelihood: p(x | z_1); a Gaussian around the denoiser's guess with a learned scale when left out.
 
     Returns:
         A `Diffusion`; everything in nats per datum. With `num_steps` lam's gradient is the ELBO's. Without, lam's
-        gradient lowers the variance of the estimate, and there is no path: `log_joint`, `log_q`, `sample_q` and `sample` raise at
-        trace time; sample by `diffusion._replace(sample=ancestral(diffusion, uniform_time(diffusion, 100)))`.
+        gradient lowers the variance of the estimate, and there is no path: `log_joint`, `log_q`, `sample_q` and `sample`
+        raise at trace time; sample by `diffusion._replace(sample=ancestral(diffusion, 100))`.
 
     Raises:
-        ValueError: if `num_steps` is less than one; at trace time, if the denoiser's output or a datum has another shape.
+        ValueError: if `num_steps` is less than one; at trace time, if the denoiser's output or a datum has another
+            shape.
     """
     if num_steps is not None and num_steps < 1:
         raise ValueError(f"num_steps: got {num_steps}, expected at least 1, or None for continuous time")
@@ -84,6 +86,7 @@ def vdm(
 
     return chain(
         parts,
+        num_latents=num_steps,
         betas=lambda lam: betas_of(log_snrs(lam)),
         log_snrs=log_snrs,
         log_snr=log_snr.apply,
@@ -122,7 +125,7 @@ def _continuous(
         log_q=_refuse("log_q", "give vdm num_steps for a chain of latents"),
         sample_q=_refuse("sample_q", "give vdm num_steps for a chain of latents"),
         sample=_refuse(
-            "sample", "use diffusion._replace(sample=ancestral(diffusion, grid)), or give num_steps"
+            "sample", "use diffusion._replace(sample=ancestral(diffusion, 100)), or give num_steps"
         ),
         elbo_terms=at_random_time(elbo_terms_at),
         elbo_terms_at=elbo_terms_at,
