@@ -1,6 +1,7 @@
 """Diffusion models: the same ELBO at full depth, with learned schedules, samplers and likelihoods."""
 
 from vdiff.diffusion import predict as predict
+from vdiff.diffusion import weights as weights
 from vdiff.diffusion.ancestral import Grid as Grid
 from vdiff.diffusion.ancestral import ancestral as ancestral
 from vdiff.diffusion.ancestral import uniform_time as uniform_time
@@ -19,6 +20,10 @@ from vdiff.diffusion.forward import forward_posterior as forward_posterior
 from vdiff.diffusion.forward import sigma as sigma
 from vdiff.diffusion.model import Diffusion as Diffusion
 from vdiff.diffusion.model import Rate as Rate
+from vdiff.diffusion.model import at_random_time as at_random_time
+from vdiff.diffusion.path import PathElbo as PathElbo
+from vdiff.diffusion.path import path_elbo as path_elbo
+from vdiff.diffusion.path import rates as rates
 from vdiff.diffusion.schedules import Schedule as Schedule
 from vdiff.diffusion.schedules import constant_betas as constant_betas
 from vdiff.diffusion.schedules import cosine_betas as cosine_betas
@@ -37,3 +42,4 @@ from vdiff.diffusion.variances import learned_variance as learned_variance
 from vdiff.diffusion.variances import optimal_variance as optimal_variance
 from vdiff.diffusion.variances import posterior_variance as posterior_variance
 from vdiff.diffusion.vdm import vdm as vdm
+from vdiff.diffusion.weights import weighted_terms as weighted_terms

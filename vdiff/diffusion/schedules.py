@@ -1,8 +1,8 @@
 r"""Noise schedules: betas of a chain, and log-SNR as a function of time.
 
 A chain is given by beta_1..beta_m; continuous time by a `Schedule`, log_snr = apply(lam, t), falling from t = 0, the
-data, to t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a schedule then
-only decides where the estimate spends its draws.
+data, to t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a
+schedule then only decides where the estimate spends its draws.
 
 Any Gaussian process a(t) x + s(t) eps of the literature is a variance-preserving one in other units,
 
