@@ -88,5 +88,5 @@ def edm(mean: float = -1.2, std: float = 1.2, data_scale: float = 0.5) -> Weight
 
 
 def sigmoid(bias: float = 2.0) -> Weight:
-    """Weigh by a sigmoid that falls with log-SNR: sigmoid(bias - log_snr)."""
+    """Weigh by a sigmoid that falls with log-SNR, one half at the bias."""
     return lambda log_snr, density: jax.nn.sigmoid(bias - log_snr)
