@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from vdiff.nets.adapters import from_linen
-from vdiff.nets.attention import attend
+from vdiff.nets.attention import self_attention
 from vdiff.nets.norm import film, layer_norm
 from vdiff.nets.patches import patchify, unpatchify
 from vdiff.nets.time import TimeEmbedding, time_examples
@@ -38,12 +38,11 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array, e: Array) -> Array:
-        num, width = h.shape
+        width = h.shape[-1]
         adaptive = nn.Dense(6 * width, dtype=self.dtype, kernel_init=ZERO, name="adaptive")(e)
         scale_a, shift_a, gate_a, scale_m, shift_m, gate_m = jnp.split(adaptive, 6)
         qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(film(layer_norm(h), scale_a, shift_a))
-        q, k, v = (a.reshape(num, self.heads, -1) for a in jnp.split(qkv, 3, axis=-1))
-        a = nn.Dense(width, dtype=self.dtype, name="mix")(attend(q, k, v).reshape(num, width))
+        a = nn.Dense(width, dtype=self.dtype, name="mix")(self_attention(qkv, self.heads))
         h = h + gate_a.reshape(1, width) * a
         m = nn.Dense(EXPANSION * width, dtype=self.dtype, name="up")(film(layer_norm(h), scale_m, shift_m))
         m = nn.Dense(width, dtype=self.dtype, name="down")(jax.nn.gelu(m))

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from vdiff.nets.adapters import from_linen
-from vdiff.nets.attention import attend
+from vdiff.nets.attention import self_attention
 from vdiff.nets.norm import film, group_norm
 from vdiff.nets.patches import patchify, unpatchify
 from vdiff.nets.time import TimeEmbedding, time_examples
@@ -57,8 +57,8 @@ class _Attention(nn.Module):
     def __call__(self, h: Array) -> Array:
         height, width, channels = h.shape
         qkv = nn.Dense(3 * channels, dtype=self.dtype)(_norm(h))
-        q, k, v = jnp.split(qkv.reshape(height * width, 1, 3 * channels), 3, axis=-1)
-        return h + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO)(attend(q, k, v).reshape(h.shape))
+        mixed = self_attention(qkv.reshape(height * width, 3 * channels), 1).reshape(h.shape)
+        return h + nn.Dense(channels, dtype=self.dtype, kernel_init=ZERO)(mixed)
 
 
 class _UNet(nn.Module):
