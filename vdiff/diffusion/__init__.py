@@ -12,6 +12,7 @@ from vdiff.diffusion.data_likelihoods import gaussian as gaussian
 from vdiff.diffusion.data_likelihoods import levels as levels
 from vdiff.diffusion.ddpm import ddpm as ddpm
 from vdiff.diffusion.ddpm import learned_times as learned_times
+from vdiff.diffusion.discrete import expected_level as expected_level
 from vdiff.diffusion.forward import alpha as alpha
 from vdiff.diffusion.forward import betas_of as betas_of
 from vdiff.diffusion.forward import forward_marginal as forward_marginal

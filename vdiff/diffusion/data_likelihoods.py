@@ -2,7 +2,7 @@ r"""The last step p(x | z_1) of a diffusion model, and the place where its noise
 
     gaussian(scale)               x real                N(x; x_hat, scale^2)
     discretized_gaussian(levels)  x in {0..levels-1}    mass of N(x_hat, scale^2) on the bin of x
-    levels(n)                     x in {0..n-1}         softmax over k of  -1/2 SNR_1 (z_1 / alpha_1 - value(k))^2
+    levels(n)                     x in {0..n-1}         softmax over k of  log N(z_1; alpha_1 value(k), sigma_1^2)
     bernoulli()                   x in {0, 1}           levels(2)
 
 x_hat is the denoiser's guess at z_1. `levels` does without it: it is the posterior under a flat prior on levels, needs
@@ -22,7 +22,7 @@ from jax.scipy.special import log_ndtr
 from jaxtyping import Array
 
 from vdiff.densities import normal_log_prob
-from vdiff.diffusion.forward import alpha
+from vdiff.diffusion.forward import alpha, sigma
 from vdiff.types import Key, PyTree, check_key
 
 
@@ -86,7 +86,7 @@ def discretized_gaussian(levels: int) -> DataLikelihood:
     Raises:
         ValueError: if there are fewer than two levels.
     """
-    embed, unembed = _embedding(levels)
+    embed, unembed = embedding(levels)
     half = 1.0 / levels
 
     def scale_of(params: PyTree, log_snr: Array) -> Array:
@@ -113,7 +113,7 @@ def discretized_gaussian(levels: int) -> DataLikelihood:
 def levels(num_levels: int) -> DataLikelihood:
     """Build p(x | z_1) over levels, each weighed by how well it explains z_1.
 
-        p(x_i = k | z_1) = softmax_k( -1/2 SNR_1 (z_1i / alpha_1 - value(k))^2 ),   value(k) = (2 k + 1) / n - 1
+        p(x_i = k | z_1) = softmax_k( log N(z_1i; alpha_1 value(k), sigma_1^2) ),   value(k) = (2 k + 1) / n - 1
 
     Args:
         num_levels: n, how many values a pixel can take.
@@ -124,13 +124,10 @@ def levels(num_levels: int) -> DataLikelihood:
     Raises:
         ValueError: if there are fewer than two levels.
     """
-    embed, unembed = _embedding(num_levels)
+    embed, unembed = embedding(num_levels)
 
     def log_masses(z: Array, log_snr: Array) -> Array:
-        values = embed(jnp.arange(num_levels)).reshape((1,) * z.ndim + (num_levels,))
-        # Squared distances, not their expansion: at a high SNR its terms would cancel.
-        distance = z[..., None] / alpha(log_snr) - values
-        return jax.nn.log_softmax(-0.5 * jnp.exp(log_snr) * jnp.square(distance))
+        return jax.nn.log_softmax(evidence(z, log_snr, num_levels)[0])
 
     def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
         index = x.astype(jnp.int32)[..., None]
@@ -150,7 +147,23 @@ def bernoulli() -> DataLikelihood:
     return levels(2)
 
 
-def _embedding(levels: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+def evidence(z: Array, log_snr: Array, num_levels: int) -> tuple[Array, Array]:
+    """Weigh each level by how well it explains z.
+
+        log N(z; alpha value(k), sigma^2),   up to what no level changes
+
+    Returns:
+        The logarithms [*z.shape, num_levels], and the values, broadcast against them.
+    """
+    embed, _ = embedding(num_levels)
+    values = embed(jnp.arange(num_levels)).reshape((1,) * z.ndim + (num_levels,))
+    # Squared distances, not their expansion: at a high SNR its terms would cancel.
+    distance = (z[..., None] - alpha(log_snr) * values) / sigma(log_snr)
+    return -0.5 * jnp.square(distance), values
+
+
+def embedding(levels: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Return x -> (2 x + 1) / levels - 1, bin centres of [-1, 1], and the way back."""
     if levels < 2:
         raise ValueError(f"levels: got {levels}, expected at least 2; count the values a pixel can take")
     return (
