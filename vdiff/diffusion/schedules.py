@@ -19,13 +19,14 @@ Stochastic Differential Equations, 2021; Karras et al., 2022; Liu, Gong and Liu,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vdiff.diffusion.forward import alpha, sigma
@@ -116,7 +117,7 @@ def constant_betas(num_steps: int, beta: float) -> Float[Array, " m"]:
     return jnp.full((num_steps,), _check_beta("beta", beta))
 
 
-def log_snrs_of(betas: Float[Array, " m"] | np.ndarray) -> Float[Array, " m"]:
+def log_snrs_of(betas: ArrayLike | Sequence[float]) -> Float[Array, " m"]:
     """Return the log-SNRs of z_1..z_m, given the variance that each step adds.
 
         alpha_i^2 = prod_{j <= i} (1 - beta_j),   log_snr_i = log alpha_i^2 - log(1 - alpha_i^2)
