@@ -24,7 +24,8 @@ EXPANSION = 4
 def _grid_positions(rows: int, columns: int, width: int) -> np.ndarray:
     """Return sines and cosines of row and of column, [rows * columns, width], where each patch starts."""
     quarter = width // 4
-    frequencies = 10_000.0 ** (-np.arange(quarter) / max(quarter, 1))
+    # Wavelengths from 6 to 600 patches: a grid has tens, where a sentence has thousands.
+    frequencies = 100.0 ** (-np.arange(quarter) / max(quarter, 1))
     i, j = (index.reshape(-1, 1) * frequencies for index in np.indices((rows, columns)))
     table = np.concatenate([np.sin(i), np.cos(i), np.sin(j), np.cos(j)], axis=-1)
     return np.pad(table, ((0, 0), (0, width - 4 * quarter))).astype(np.float32)

@@ -146,7 +146,7 @@ def unet(
     if not set(attention) <= set(range(len(features))):
         raise ValueError(
             f"attention: got levels {tuple(attention)}, expected some of 0 to {len(features) - 1}, one for "
-            "each of features; name the others out"
+            "each of features; leave the others out"
         )
     channels = shape[-1] if out_channels is None else out_channels
     module = _UNet(channels, tuple(features), num_blocks, tuple(attention), num_labels, dtype)
