@@ -93,8 +93,8 @@ def reference(params, z, log_snr, label, levels, num_blocks, attended):
     ("shape", "features", "num_blocks", "attended", "num_labels", "out_channels"),
     [
         ((6, 4, 1), (8, 16), 1, (1,), 0, None),
-        ((7, 5, 3), (8, 12, 6), 2, (0, 2), 4, 2),
-        ((1, 3, 2), (3,), 1, (), 2, None),
+        ((7, 5, 3), (8, 6), 2, (0,), 4, 2),
+        ((1, 3, 2), (3, 4, 12), 1, (), 2, None),
     ],
 )
 def test_is_blocks_on_coarser_grids_and_back(shape, features, num_blocks, attended, num_labels, out_channels):
@@ -130,6 +130,16 @@ def test_starts_at_zero(key, shape, start):
     out = jax.jit(net.apply)(start, jax.random.normal(key, shape), jnp.float32(-3.0), jnp.int32(1))
     assert out.shape == shape and out.dtype == jnp.float32
     np.testing.assert_array_equal(out, 0.0)
+
+
+def test_levels_count_from_the_coarsest_too():
+    shapes = [
+        jax.eval_shape(unet((8, 8, 1), features=(4, 8), attention=levels).init, jax.random.key(0))
+        for levels in ((1,), (-1,), (0,), (-2,), ())
+    ]
+    assert shapes[0] == shapes[1] != shapes[2] == shapes[3] != shapes[4]
+    names = [[name for name in s if name.startswith("_Attention")] for s in shapes]
+    assert [len(n) for n in names] == [3, 3, 2, 2, 0]
 
 
 def test_three_channels_and_three_levels(key):
@@ -249,7 +259,7 @@ def test_refusals(key):
         unet((8, 8, 1), features=())
     with pytest.raises(ValueError, match="num_blocks: got 0, expected at least 1 at each level; use 1"):
         unet((8, 8, 1), num_blocks=0)
-    for levels in ((2,), (0, -1)):
+    for levels in ((2,), (0, -3)):
         with pytest.raises(
             ValueError, match=r"attention: got levels \(.*\), expected some of 0 to 1, .*leave"
         ):
