@@ -103,7 +103,7 @@ def unet(
     shape: Sequence[int],
     *,
     out_channels: int | None = None,
-    features: Sequence[int] = (32, 64, 64),
+    features: Sequence[int] = (16, 32, 64),
     num_blocks: int = 1,
     attention: Sequence[int] = (-1,),
     num_labels: int = 0,
@@ -142,7 +142,7 @@ def unet(
     if len(shape) != 3:
         raise ValueError(f"shape: got {tuple(shape)}, expected (H, W, C); add a channel axis")
     if not features:
-        raise ValueError("features: got none, expected the channels of at least one level; use (32, 64)")
+        raise ValueError("features: got none, expected the channels of at least one level; use (16, 32)")
     if num_blocks < 1:
         raise ValueError(f"num_blocks: got {num_blocks}, expected at least 1 at each level; use 1")
     levels = range(len(features))
