@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 import vdiff as vd
 
@@ -56,3 +57,34 @@ def tiny_denoiser(dims, hidden=4):
         return (theta["v"] @ h + theta["c"]).reshape(z.shape)
 
     return vd.Network(init, apply)
+
+
+# The forward process in NumPy, float64, written apart from vdiff.
+
+
+def scales(log_snr):
+    """Return alpha and sigma."""
+    log_snr = np.asarray(log_snr, np.float64)
+    return np.sqrt(expit(log_snr)), np.sqrt(expit(-log_snr))
+
+
+def step_of_q(log_snr_s, log_snr_t):
+    """Return a and v of q(z_t | z_s) = N(a z_s, v): what is left of the variance of z_t given x."""
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = scales(log_snr_s), scales(log_snr_t)
+    a = alpha_t / alpha_s
+    return a, sigma_t**2 - (a * sigma_s) ** 2
+
+
+def bayes(z_t, x, log_snr_s, log_snr_t):
+    """Mean and variance of q(z_s | z_t, x), by Bayes' rule from q(z_s | x) and q(z_t | z_s)."""
+    alpha_s, sigma_s = scales(log_snr_s)
+    a, v = step_of_q(log_snr_s, log_snr_t)
+    variance = 1.0 / (1.0 / sigma_s**2 + a**2 / v)
+    return variance * (alpha_s * x / sigma_s**2 + a * z_t / v), variance
+
+
+def slope(function, at, width=1e-5):
+    """Differentiate by central differences of fourth order."""
+    step = width * max(1.0, abs(at))
+    near, far = (function(at + k * step) - function(at - k * step) for k in (1, 2))
+    return (8 * near - far) / (12 * step)
