@@ -12,6 +12,10 @@ from vdiff.diffusion.data_likelihoods import gaussian as gaussian
 from vdiff.diffusion.data_likelihoods import levels as levels
 from vdiff.diffusion.ddpm import ddpm as ddpm
 from vdiff.diffusion.ddpm import learned_times as learned_times
+from vdiff.diffusion.denoised import between as between
+from vdiff.diffusion.denoised import clipped as clipped
+from vdiff.diffusion.denoised import dynamic_threshold as dynamic_threshold
+from vdiff.diffusion.denoised import with_denoise as with_denoise
 from vdiff.diffusion.discrete import expected_level as expected_level
 from vdiff.diffusion.forward import alpha as alpha
 from vdiff.diffusion.forward import betas_of as betas_of
