@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 
 def attend(
-    q: Float[Array, "heads N d"], k: Float[Array, "heads N d"], v: Float[Array, "heads N d"]
-) -> Float[Array, "heads N d"]:
+    q: Float[Array, "heads N d"], k: Float[Array, "heads N d"], v: Float[Array, "heads N c"]
+) -> Float[Array, "heads N c"]:
     """Let each position average the values of all, by its query and their keys.
 
     The products are in the dtype of the arguments, the softmax in float32. Heads lead because products over
@@ -21,10 +21,10 @@ def attend(
     Args:
         q: queries, [heads, N, d].
         k: keys, [heads, N, d].
-        v: values, [heads, N, d].
+        v: values, [heads, N, c].
 
     Returns:
-        [heads, N, d].
+        [heads, N, c].
 
     Source:
         Vaswani et al., Attention Is All You Need, 2017, equation 1.

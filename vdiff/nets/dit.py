@@ -21,10 +21,11 @@ ZERO = nn.initializers.zeros
 EXPANSION = 4
 
 
-def _grid_positions(rows: int, columns: int, width: int) -> np.ndarray:
+def grid_positions(rows: int, columns: int, width: int) -> np.ndarray:
     """Return sines and cosines of row and of column, [rows * columns, width], where each patch starts."""
     quarter = width // 4
-    frequencies = 10_000.0 ** (-np.arange(quarter) / max(quarter, 1))
+    # Wavelengths from 6 to 600 patches: a grid has tens, where a sentence has thousands.
+    frequencies = 100.0 ** (-np.arange(quarter) / max(quarter, 1))
     i, j = (index.reshape(-1, 1) * frequencies for index in np.indices((rows, columns)))
     table = np.concatenate([np.sin(i), np.cos(i), np.sin(j), np.cos(j)], axis=-1)
     return np.pad(table, ((0, 0), (0, width - 4 * quarter))).astype(np.float32)
@@ -65,7 +66,7 @@ class _DiT(nn.Module):
         rows, columns, _ = x.shape
 
         def start(key: Key) -> Array:
-            return jnp.asarray(_grid_positions(rows, columns, self.width))
+            return jnp.asarray(grid_positions(rows, columns, self.width))
 
         h = nn.Dense(self.width, dtype=self.dtype, name="embed")(x.reshape(rows * columns, -1))
         h = h + self.param("positions", start).astype(self.dtype)

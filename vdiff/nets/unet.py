@@ -103,9 +103,9 @@ def unet(
     shape: Sequence[int],
     *,
     out_channels: int | None = None,
-    features: Sequence[int] = (32, 64),
+    features: Sequence[int] = (16, 32, 64),
     num_blocks: int = 1,
-    attention: Sequence[int] = (1,),
+    attention: Sequence[int] = (-1,),
     num_labels: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> Network:
@@ -121,7 +121,9 @@ def unet(
         out_channels: channels of the output; those of z when left out.
         features: channels of each level, finest first.
         num_blocks: blocks at each level, on the way down and again on the way up.
-        attention: levels whose blocks are each followed by self-attention, e.g. `(1, 2)`; `()` for none.
+        attention: levels whose blocks are each followed by self-attention, e.g. `(1, 2)`, or counted from
+            the coarsest, `(-1,)`; `()` for none. Its time grows with the square of the positions: on a CPU
+            it is nothing at 7 x 7 and a third of the network's at 14 x 14.
         num_labels: number of classes; with 0 the network takes no label.
         dtype: of the computation inside; parameters, input and output are float32 all the same.
 
@@ -140,14 +142,16 @@ def unet(
     if len(shape) != 3:
         raise ValueError(f"shape: got {tuple(shape)}, expected (H, W, C); add a channel axis")
     if not features:
-        raise ValueError("features: got none, expected the channels of at least one level; use (32, 64)")
+        raise ValueError("features: got none, expected the channels of at least one level; use (16, 32)")
     if num_blocks < 1:
         raise ValueError(f"num_blocks: got {num_blocks}, expected at least 1 at each level; use 1")
-    if not set(attention) <= set(range(len(features))):
+    levels = range(len(features))
+    if any(not -len(levels) <= level < len(levels) for level in attention):
         raise ValueError(
-            f"attention: got levels {tuple(attention)}, expected some of 0 to {len(features) - 1}, one for "
-            "each of features; name the others out"
+            f"attention: got levels {tuple(attention)}, expected some of 0 to {levels[-1]}, one for each of "
+            f"features, or -1 to {-len(levels)} from the coarsest; leave the others out"
         )
     channels = shape[-1] if out_channels is None else out_channels
-    module = _UNet(channels, tuple(features), num_blocks, tuple(attention), num_labels, dtype)
+    attended = tuple(levels[level] for level in attention)
+    module = _UNet(channels, tuple(features), num_blocks, attended, num_labels, dtype)
     return from_linen(module, jnp.zeros(tuple(shape)), *time_examples(num_labels))
