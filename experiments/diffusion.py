@@ -36,12 +36,12 @@ class Config(runs.RunConfig):
     """log-SNR at the noise's end (vdm only)."""
     likelihood: Literal["levels", "discretized", "bernoulli"] = "levels"
     """p(x | z_1): Bayes' rule over the levels, a discretised Gaussian, or levels of a binary draw of the grey level."""
-    network: Literal["dit", "unet", "mlp"] = "dit"
-    """Transformer over patches, U-Net, or perceptron."""
-    width: int = 96
-    """Units of a layer; channels of the U-Net's finest level, doubled at each next."""
-    depth: int = 3
-    """Blocks of the transformer, levels of the U-Net, hidden layers of the perceptron."""
+    network: Literal["unet", "dit", "mlp"] = "unet"
+    """U-Net, transformer over patches, or perceptron."""
+    width: int = 32
+    """Channels of the U-Net's finest level, doubled at each next; units of a layer of the others."""
+    depth: int = 2
+    """Levels of the U-Net, blocks of the transformer, hidden layers of the perceptron."""
     patch: int = 2
     """Side of the transformer's patches."""
     prediction: Literal["level", "preconditioned", "velocity", "noise", "data"] = "level"
@@ -64,8 +64,10 @@ class Config(runs.RunConfig):
     """Independent sweeps per test image."""
     eval_images: int = 10_000
     """How many test images are judged, from the first."""
-    sampler: Literal["ancestral"] = "ancestral"
-    """How samples are drawn."""
+    sampler: Literal["ancestral", "ddim", "heun", "dpm_solver", "dpm_solver_sde"] = "ancestral"
+    """How samples are drawn: by the chain's own steps, or by a solver of few steps."""
+    grid: Literal["time", "log_snr", "karras"] = "time"
+    """Where a sample's latents lie: even in the schedule's time, in log-SNR, or as Karras et al. place them."""
     sample_steps: int = 200
     """Latents that a sample visits: calls of the network."""
 
@@ -74,8 +76,7 @@ PRESETS = {
     "smoke": (
         "seconds: a small network, a few steps, to see that everything works",
         Config(
-            width=32,
-            depth=1,
+            width=16,
             num_steps=100,
             eval_times=8,
             eval_images=100,
@@ -86,7 +87,15 @@ PRESETS = {
     ),
     "digits": (
         "a minute or two: the embedded 8x8 digits with 17 grey levels",
-        Config(num_steps=1500, log_every=25, checkpoint_every=500),
+        Config(
+            num_steps=1500,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_steps=50,
+            ema_decay=0.995,
+            log_every=25,
+            checkpoint_every=500,
+        ),
     ),
     "mnist_binary": (
         "half an hour of training on two cores: binarised MNIST, in nats as the VAE's",
@@ -95,15 +104,46 @@ PRESETS = {
             likelihood="bernoulli",
             log_snr_max=6.0,
             log_snr_min=-9.0,
-            width=128,
-            depth=4,
-            patch=4,
+            width=16,
+            depth=3,
             num_steps=4000,
             batch_size=32,
             warmup_steps=100,
             eval_times=4,
             log_every=50,
             checkpoint_every=500,
+        ),
+    ),
+    "mnist": (
+        "half an hour of training on two cores: MNIST with 256 grey levels, in bits/dim",
+        Config(
+            data="mnist",
+            log_snr_max=13.3,
+            log_snr_min=-8.0,
+            prediction="preconditioned",
+            width=16,
+            depth=3,
+            num_steps=4000,
+            batch_size=32,
+            warmup_steps=100,
+            eval_times=4,
+            log_every=50,
+            checkpoint_every=500,
+        ),
+    ),
+    "latent": (
+        "a minute or two: a diffusion as the prior of a VAE of the 8x8 digits, trained as one ELBO",
+        Config(
+            latent_dim=12,
+            hidden=(256, 256),
+            likelihood="discretized",
+            network="mlp",
+            width=128,
+            depth=3,
+            prediction="velocity",
+            log_snr_max=6.0,
+            num_steps=3000,
+            log_every=50,
         ),
     ),
 }
@@ -126,7 +166,18 @@ _WEIGHTS = {
     "edm": weights.edm(),
     "sigmoid": weights.sigmoid(),
 }
-_SAMPLERS = {"ancestral": diffusion.ancestral}
+_SAMPLERS = {
+    "ancestral": diffusion.ancestral,
+    "ddim": diffusion.ddim,
+    "heun": diffusion.heun,
+    "dpm_solver": diffusion.dpm_solver,
+    "dpm_solver_sde": diffusion.dpm_solver_sde,
+}
+_GRIDS = {
+    "time": diffusion.uniform_time,
+    "log_snr": diffusion.uniform_log_snr,
+    "karras": diffusion.karras(),
+}
 
 
 class Problem(NamedTuple):
@@ -138,7 +189,8 @@ class Problem(NamedTuple):
         vae: the VAE, or None.
         within: `(objective of the diffusion) -> objective of the model`, in which that one takes the place of the
             diffusion's own terms.
-        seen: `(key, params, x) -> (params, y)`: the diffusion's own parameters, and its datum.
+        own: `(params) -> params` of the diffusion in it.
+        latent: `(key, params, x) -> y`, the diffusion's datum.
         dataset: the images, as integer levels.
         transform: `(key, levels) -> x`, the model's datum.
         levels: how many values a pixel of x has.
@@ -148,7 +200,8 @@ class Problem(NamedTuple):
     diffusion: vd.Diffusion
     vae: vd.VAE | None
     within: Callable[[vd.Objective], vd.Objective]
-    seen: Callable[[Key, Params, jax.Array], tuple[Params, jax.Array]]
+    own: Callable[[Params], Params]
+    latent: Callable[[Key, Params, jax.Array], jax.Array]
     dataset: data.Dataset
     transform: Callable[[Key, jax.Array], jax.Array]
     levels: int
@@ -166,8 +219,8 @@ def build(config: Config) -> Problem:
         transform, levels = vd.transforms.binarize(dataset.levels), 2
     of_latents = config.latent_dim is not None
     shape = (config.latent_dim,) if of_latents else dataset.train.shape[1:]
-    denoising = _diffusion(config, config.schedule, shape, dataset.train, levels)
-    sampler = _SAMPLERS[config.sampler](denoising, config.sample_steps, grid=diffusion.uniform_time)
+    denoising = _diffusion(config, shape, dataset, config.schedule)
+    sampler = _SAMPLERS[config.sampler](denoising, config.sample_steps, grid=_GRIDS[config.grid])
     denoising = denoising._replace(sample=sampler)
     if not of_latents:
         return Problem(
@@ -175,7 +228,8 @@ def build(config: Config) -> Problem:
             denoising,
             None,
             lambda objective: objective,
-            lambda key, params, x: (params, x),
+            lambda params: params,
+            lambda key, params, x: x,
             dataset,
             transform,
             levels,
@@ -193,27 +247,29 @@ def build(config: Config) -> Problem:
 
     whole = vae(denoising)
 
-    def seen(key: Key, params: Params, x: jax.Array) -> tuple[Params, jax.Array]:
+    def own(params: Params) -> Params:
+        return Params(params.phi["theta"], params.phi["phi"], params.lam["prior"])
+
+    def latent(key: Key, params: Params, x: jax.Array) -> jax.Array:
         loc, scale = whole.encode(params, x)
-        own = Params(params.phi["theta"], params.phi["phi"], params.lam["prior"])
-        return own, loc + scale * jax.random.normal(key, loc.shape)
+        return loc + scale * jax.random.normal(key, loc.shape)
 
     return Problem(
         whole,
         denoising,
         whole,
         lambda objective: vae(denoising._replace(elbo_terms=objective)).elbo_terms,
-        seen,
+        own,
+        latent,
         dataset,
         transform,
         levels,
     )
 
 
-def _diffusion(
-    config: Config, schedule: str, shape: tuple[int, ...], train: np.ndarray, levels: int
-) -> vd.Diffusion:
+def _diffusion(config: Config, shape: tuple[int, ...], dataset: data.Dataset, schedule: str) -> vd.Diffusion:
     """Build the diffusion of data of this shape, under a schedule that may be another than the config's."""
+    levels = 2 if config.likelihood == "bernoulli" else dataset.levels
     if config.latent_dim is not None:
         if (config.network, config.prediction == "level") != ("mlp", False):
             raise ValueError(
@@ -224,9 +280,7 @@ def _diffusion(
     else:
         of_pixels = {"levels": diffusion.levels, "discretized": diffusion.discretized_gaussian}
         likelihood = of_pixels.get(config.likelihood, diffusion.levels)(levels)
-        data_scale = float(np.std(np.asarray(likelihood.embed(jnp.asarray(train[:1000] * 1.0)))))
-        if levels == 2:
-            data_scale = 0.5
+        data_scale = 2.0 / levels * _spread(dataset.train, levels)
     settings = {
         "shape": shape,
         "predict": _prediction(config, data_scale),
@@ -243,6 +297,14 @@ def _diffusion(
         return vd.ddpm(network, _BETAS[schedule](config.num_latents), **settings)
     log_snr = _SCHEDULES[schedule](config.log_snr_max, config.log_snr_min)
     return vd.vdm(network, log_snr, num_steps=config.num_latents, **settings)
+
+
+def _spread(images: np.ndarray, levels: int) -> float:
+    """Return the standard deviation of a pixel, in levels; with two, of a binary draw of the grey level."""
+    if levels > 2:
+        return float(images.std()) or 1.0
+    mean = float(images.mean() / images.max())
+    return float(np.sqrt(mean * (1.0 - mean)))
 
 
 def _prediction(config: Config, data_scale: float) -> predict.Prediction:
@@ -374,17 +436,17 @@ def show(
     result: dict,
 ) -> Path:
     """Draw the run's pictures and its page."""
-    key_sample, key_rows, key_rates, key_spread = jax.random.split(key, 4)
-    _show_samples(problem, params, directory, key_sample)
-    _show_rows(config, problem, params, directory, key_rows)
-    _show_rates(config, problem, params, directory, test[:200], key_rates)
-    is_fixed_path = config.num_latents is not None
-    if not is_fixed_path:
-        _show_schedules(config, problem, params, directory, test[:100], key_spread)
-    rows = report.load_metrics(directory / "metrics.jsonl")
-    report.training_curves([_with_elbo(row) for row in rows], directory / "curves.png")
-
+    key_sample, key_path = jax.random.split(key)
+    _show_samples(config, problem, params, directory, key_sample)
+    if config.num_latents != 1:
+        _show_path(config, problem, params, directory, test[:200], key_path)
     metrics = result["metrics"]
+    rows = [_with_elbo(row) for row in report.load_metrics(directory / "metrics.jsonl")]
+    # A term of next to nothing has a panel of its own noise.
+    names = [name for name in metrics if name in rows[-1] and abs(metrics[name]["value"]) > 0.05]
+    names = [] if len(names) < 2 else names
+    report.training_curves(rows, directory / "curves.png", terms=names)
+
     of_latents = problem.vae is not None
     unit = "nats per datum" if config.weight == "elbo" else "weighted nats, but for test elbo"
     figures = [
@@ -406,7 +468,7 @@ def show(
             "The schedule beside fixed ones with the same ends, and how much one draw of the diffusion term, at a "
             "random time, varies about its mean under each: the ELBO is the same, its noise is not.",
         ),
-        report.FigureEntry("curves.png", f"The objective and its terms over training, {unit}."),
+        report.FigureEntry("curves.png", f"The objective and its larger terms over training, {unit}."),
     ]
     elbo, terms = metrics["elbo"], {"prior", "reconstruction", "diffusion"}
     tiles = [
@@ -439,107 +501,102 @@ def _with_elbo(row: dict) -> dict:
     return {name: value for name, value in row.items() if name != "objective"} | {"elbo": row["objective"]}
 
 
-def _show_samples(problem: Problem, params: Params, directory: Path, key: Key, *, num: int = 100) -> None:
-    vae = problem.vae
-
-    def sample(key: Key, params: Params, _: jax.Array) -> jax.Array:
-        x, latents = problem.model.sample(key, params)
-        return x / (problem.levels - 1) if vae is None else _to_unit(problem, vae.decode(params, latents[0]))
-
-    with training.counting("sampling", num) as on_progress:
-        images = evaluate.evaluate(
-            sample, key, params, np.arange(num), batch_size=20, on_progress=on_progress
-        )
-    report.image_grid(np.clip(images, 0.0, 1.0), directory / "samples.png", columns=20)
-
-
-def _to_unit(problem: Problem, x: jax.Array) -> jax.Array:
-    return jnp.clip(x / (problem.levels - 1), 0.0, 1.0)
-
-
-def _show_rows(
+def _show_samples(
     config: Config,
     problem: Problem,
     params: Params,
     directory: Path,
     key: Key,
     *,
-    num: int = 4,
+    num: int = 100,
+    rows: int = 4,
     columns: int = 10,
 ) -> None:
-    denoising = problem.diffusion
-    own, _ = jax.jit(problem.seen)(key, params, jnp.zeros(problem.dataset.train.shape[1:], jnp.int32))
-    log_snrs = diffusion.uniform_time(denoising, own, config.sample_steps)
-    shown = np.unique(np.linspace(config.sample_steps - 1, 0, columns).round().astype(int))[::-1]
+    denoising, vae = problem.diffusion, problem.vae
+    log_snrs = np.asarray(_GRIDS[config.grid](denoising, problem.own(params), config.sample_steps))
+    shown = _evenly_noisy(log_snrs, columns)
+
+    def to_unit(x: jax.Array) -> jax.Array:
+        return jnp.clip(x / (problem.levels - 1), 0.0, 1.0)
 
     def view(params: Params, y: jax.Array) -> jax.Array:
-        x = denoising.likelihood.unembed(y) if problem.vae is None else problem.vae.decode(params, y)
-        return _to_unit(problem, x)
+        return to_unit(denoising.likelihood.unembed(y) if vae is None else vae.decode(params, y))
 
-    @jax.jit
-    def rows(key: Key, params: Params, own: Params) -> tuple[jax.Array, jax.Array]:
-        _, path = denoising.sample(key, own)
+    def sample(key: Key, params: Params, _: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        own = problem.own(params)
+        y, path = denoising.sample(key, own)
         guesses = jax.vmap(denoising.denoise, in_axes=(None, 0, 0))(own, path[shown], log_snrs[shown])
         views = jax.vmap(view, in_axes=(None, 0))
-        return views(params, path[shown]), views(params, guesses)
+        x = to_unit(y if vae is None else vae.decode(params, y))
+        return x, views(params, path[shown]), views(params, guesses)
 
-    latents, guesses = zip(*(rows(k, params, own) for k in jax.random.split(key, num)), strict=True)
-    report.denoising_rows(
-        np.stack(latents), np.stack(guesses), np.asarray(log_snrs)[shown], directory / "denoising.png"
-    )
+    with training.counting("sampling", num) as on_progress:
+        images, latents, guesses = evaluate.evaluate(
+            sample, key, params, np.arange(num), batch_size=20, on_progress=on_progress
+        )
+    report.image_grid(images, directory / "samples.png", columns=20)
+    report.denoising_rows(latents[:rows], guesses[:rows], log_snrs[shown], directory / "denoising.png")
 
 
-def _show_rates(
+def _evenly_noisy(log_snrs: np.ndarray, num: int) -> np.ndarray:
+    """Choose places of a path, noise first, at even angles of signal to noise: where there is something to see."""
+    angles = np.arctan(np.exp(-0.5 * log_snrs.astype(np.float64)))
+    wanted = np.linspace(angles[0], angles[-1], num)
+    return np.unique(np.abs(angles[:, None] - wanted).argmin(0))[::-1]
+
+
+def _show_path(
     config: Config, problem: Problem, params: Params, directory: Path, test: np.ndarray, key: Key
 ) -> None:
+    """Draw where on the path the nats are spent and, in continuous time, what that means for schedules."""
     count = num_times(config)
-    if config.num_latents == 1:
-        return
     rates = diffusion.rates(problem.diffusion, count)
 
-    def spent(key: Key, params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key_seen, key_rates = jax.random.split(key)
-        own, y = problem.seen(key_seen, params, x)
-        times = jnp.linspace(0.0, 1.0, count + 1)
-        edges = jax.vmap(problem.diffusion.log_snr, in_axes=(None, 0))(own, times)
-        return -rates(key_rates, own, y).value / count, edges
+    def look(key: Key, params: Params, x: jax.Array) -> diffusion.Rate:
+        key_latent, key_rates = jax.random.split(key)
+        return rates(key_rates, problem.own(params), problem.latent(key_latent, params, x))
 
-    nats, edges = evaluate.evaluate(spent, key, params, test, batch_size=50)
+    found = evaluate.evaluate(look, key, params, test, batch_size=50)
     starts = np.arange(0, count, -(-count // 64))
-    nats = np.add.reduceat(nats, starts, axis=1)
-    edges = edges[0][np.append(starts, count)]
+    nats = np.add.reduceat(-found.value / count, starts, axis=1)
+    _, edges = _curve(problem.diffusion, problem.own(params), count)
     errors = nats.std(0, ddof=1) / np.sqrt(len(nats)) if len(nats) > 1 else None
-    report.rate_curve(edges, nats.mean(0), directory / "rates.png", std_errors=errors)
-
-
-def _show_schedules(
-    config: Config,
-    problem: Problem,
-    params: Params,
-    directory: Path,
-    test: np.ndarray,
-    key: Key,
-    *,
-    num_draws: int = 64,
-) -> None:
-    curves, spreads = {}, {}
-    t = jnp.linspace(0.0, 1.0, 101)
-    for name in dict.fromkeys((config.schedule, "linear", "cosine")):
-        other = _diffusion(config, name, problem.diffusion.shape, problem.dataset.train, problem.levels)
-
-        def look(
-            key: Key, params: Params, x: jax.Array, name: str = name, other: vd.Diffusion = other
-        ) -> tuple[jax.Array, jax.Array]:
-            key_seen, key_time, key_noise = jax.random.split(key, 3)
-            own, y = problem.seen(key_seen, params, x)
+    report.rate_curve(edges[[*starts, count]], nats.mean(0), directory / "rates.png", std_errors=errors)
+    if config.num_latents is None:
+        curves, spreads = {}, {}
+        for name in dict.fromkeys((config.schedule, "linear", "cosine")):
+            own = problem.own(params)
             own = own if name == config.schedule else own._replace(lam=())
-            keys, u = jax.random.split(key_noise, num_draws), jax.random.uniform(key_time, (num_draws,))
-            draws = jax.lax.map(lambda at: other.rate_at(at[0], own, y, at[1]).value, (keys, u))
-            return jnp.var(draws, ddof=1), jax.vmap(other.log_snr, in_axes=(None, 0))(own, t)
+            curves[name] = _curve(
+                _diffusion(config, problem.diffusion.shape, problem.dataset, name), own, 1000
+            )
+            spreads[name] = _spread_under(*curves[name], found)
+        report.schedule_comparison(curves, spreads, directory / "schedules.png")
 
-        variance, log_snrs = evaluate.evaluate(look, key, params, test)
-        curves[name], spreads[name] = (t, log_snrs[0]), float(np.sqrt(variance.mean()))
-    report.schedule_comparison(curves, spreads, directory / "schedules.png")
+
+def _curve(denoising: vd.Diffusion, params: Params, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tabulate a schedule: times [num + 1] and log-SNRs."""
+    t = jnp.linspace(0.0, 1.0, num + 1)
+    return np.asarray(t), np.asarray(jax.vmap(denoising.log_snr, in_axes=(None, 0))(params, t))
+
+
+def _spread_under(t: np.ndarray, log_snr: np.ndarray, drawn: diffusion.Rate) -> float:
+    """Estimate how much one draw of the diffusion term would spread under another schedule.
+
+        E_q[f^2] = E_p[ (|eps_hat - eps|^2 / 2)^2 / (q p) ],   f = -|eps_hat - eps|^2 / (2 q)
+
+    Args:
+        t: [n] times of the other schedule.
+        log_snr: [n], its log-SNRs; 1/q is their slope.
+        drawn: leaves [N, times], drawn under the model's own.
+
+    Returns:
+        The root of the mean variance over data, nats.
+    """
+    slope = -np.gradient(log_snr.astype(np.float64), t)
+    at = np.interp(drawn.log_snr, log_snr[::-1], slope[::-1])
+    second = np.mean(np.square(0.5 * drawn.squared_error) * at / drawn.density, axis=1)
+    return float(np.sqrt(np.mean(second - np.square(drawn.value.mean(1)))))
 
 
 if __name__ == "__main__":
