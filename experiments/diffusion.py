@@ -121,7 +121,6 @@ PRESETS = {
             data="mnist",
             log_snr_max=13.3,
             log_snr_min=-8.0,
-            prediction="preconditioned",
             width=16,
             depth=3,
             num_steps=4000,
@@ -409,9 +408,9 @@ def run(config: Config) -> dict:
 
     values = sum(terms.values())  # [N, sweeps]
     nats = evaluate.summarize(values.mean(1))
-    name = f"ELBO over the path, {config.eval_sweeps} x {num_times(config)} times"
+    judged = f"ELBO over the path, {config.eval_sweeps} x {num_times(config)} times"
     metrics = {
-        "elbo": runs.metric(nats, name),
+        "elbo": runs.metric(nats, judged),
         "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
         **{name: runs.metric(evaluate.summarize(term.mean(1)), "term") for name, term in terms.items()},
     }
@@ -422,7 +421,7 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, key_show, result)
     console.print(
-        f"ELBO {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images ({bound})"
+        f"ELBO {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images ({judged})"
     )
     console.print(f"report   {page}")
     return result
@@ -445,7 +444,8 @@ def show(
     metrics = result["metrics"]
     rows = [_with_elbo(row) for row in report.load_metrics(directory / "metrics.jsonl")]
     # A term of next to nothing has a panel of its own noise.
-    names = [name for name in metrics if name in rows[-1] and abs(metrics[name]["value"]) > 0.05]
+    parts = set(metrics) - {"elbo"}
+    names = [name for name in rows[-1] if name in parts and abs(metrics[name]["value"]) > 0.05]
     names = [] if len(names) < 2 else names
     report.training_curves(rows, directory / "curves.png", terms=names)
 
