@@ -132,7 +132,7 @@ PRESETS = {
         ),
     ),
     "latent": (
-        "a minute or two: a diffusion as the prior of a VAE of the 8x8 digits, trained as one ELBO",
+        "a minute: a diffusion as the prior of a VAE of the 8x8 digits, trained as one ELBO",
         Config(
             latent_dim=12,
             hidden=(256, 256),
@@ -142,8 +142,9 @@ PRESETS = {
             depth=3,
             prediction="velocity",
             log_snr_max=6.0,
-            num_steps=3000,
-            log_every=50,
+            num_steps=1000,
+            log_every=25,
+            checkpoint_every=500,
         ),
     ),
 }
@@ -442,12 +443,13 @@ def show(
     if config.num_latents != 1:
         _show_path(config, problem, params, directory, test[:200], key_path)
     metrics = result["metrics"]
-    rows = [_with_elbo(row) for row in report.load_metrics(directory / "metrics.jsonl")]
+    rows = report.load_metrics(directory / "metrics.jsonl")
     # A term of next to nothing has a panel of its own noise.
     parts = set(metrics) - {"elbo"}
     names = [name for name in rows[-1] if name in parts and abs(metrics[name]["value"]) > 0.05]
     names = [] if len(names) < 2 else names
-    report.training_curves(rows, directory / "curves.png", terms=names)
+    titles = [_titled(dict.fromkeys([name])).popitem()[0] for name in names]
+    report.training_curves([_titled(row) for row in rows], directory / "curves.png", terms=titles)
 
     of_latents = problem.vae is not None
     unit = "nats per datum" if config.weight == "elbo" else "weighted nats, but for test elbo"
@@ -500,9 +502,10 @@ def show(
     )
 
 
-def _with_elbo(row: dict) -> dict:
-    """Name the objective of a row as its value on test images is named."""
-    return {name: value for name, value in row.items() if name != "objective"} | {"elbo": row["objective"]}
+def _titled(row: dict) -> dict:
+    """Name the objective of a row as its value on test images is named, and the terms of a prior so that they fit."""
+    names = {"objective": "elbo", "prior_reconstruction": "p(z) end", "prior_diffusion": "p(z) diffusion"}
+    return {names.get(name, name): value for name, value in row.items()}
 
 
 def _show_samples(

@@ -137,7 +137,7 @@ def test_the_terms_of_a_random_time_and_of_the_path_agree(tmp_path):
         problem = diffusion.build(config := config_of(tmp_path, **changes))
         params = problem.model.init(jax.random.key(0))
         x = jnp.asarray(problem.dataset.train[0])
-        u = (jnp.arange(2000) + 0.5) / 2000
+        u = (jnp.arange(2000, dtype=jnp.float32) + 0.5) / 2000
         keys = jax.random.split(jax.random.key(1), 2000)
         raised = jax.vmap(diffusion.objective_of(config, problem), in_axes=(0, None, None, 0))(
             keys, params, x, u
@@ -155,7 +155,8 @@ def test_the_rate_of_learning_rises_and_then_falls():
     optimizer = training.optimizer_of(config, rise_steps=10)
     state, sizes = optimizer.init(params), []
     for _ in range(100):
-        updates, state = optimizer.update(vd.Params(theta=jnp.ones(())), state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's own arithmetic mixes dtypes
+            updates, state = optimizer.update(vd.Params(theta=jnp.ones(())), state, params)
         sizes.append(abs(float(updates.theta)))
     np.testing.assert_allclose(sizes[0], 1e-2 / 11, rtol=1e-3)
     assert np.argmax(sizes) == 10 and np.all(np.diff(sizes[:11]) > 0) and np.all(np.diff(sizes[10:]) < 0)
