@@ -557,6 +557,7 @@ def _show_path(
 ) -> None:
     """Draw where on the path the nats are spent and, in continuous time, what that means for schedules."""
     count = num_times(config)
+    count = max(count, 64) if config.num_latents is None else count
     rates = diffusion.rates(problem.diffusion, count)
 
     def look(key: Key, params: Params, x: jax.Array) -> diffusion.Rate:
