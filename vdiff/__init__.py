@@ -48,6 +48,10 @@ from vdiff.evaluate.gradients import gradient_report as gradient_report
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
 from vdiff.models import families as families
 from vdiff.models.concrete import concrete as concrete
+from vdiff.models.conditional import conditional as conditional
+from vdiff.models.conditional import dropping as dropping
+from vdiff.models.conditional import given as given
+from vdiff.models.conditional import on_pairs as on_pairs
 from vdiff.models.covariance import diagonal_covariance as diagonal_covariance
 from vdiff.models.covariance import full_covariance as full_covariance
 from vdiff.models.covariance import shared_covariance as shared_covariance

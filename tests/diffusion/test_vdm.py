@@ -42,16 +42,18 @@ def test_a_chain_under_a_learned_schedule_has_the_elbos_gradient(name):
     params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(5), leaf.shape), params)
     path_value, path = toys.gradient_draws({"": vd.pathwise(made)}, params, DATA, 200_000, seed + 1)[""]
     terms_value, terms = toys.gradient_draws({"": made.elbo_terms}, params, DATA, 200_000, seed + 2)[""]
-    pairs = [(path_value[:, None].astype(float), terms_value[:, None].astype(float))]
-    pairs += [(toys.flat(getattr(path, part)), toys.flat(getattr(terms, part))) for part in ("theta", "lam")]
-    for one, other in pairs:
+    pairs = [(path_value[:, None].astype(float), terms_value[:, None].astype(float), 0.004)]
+    # By lam the path's gradient is mostly noise: what shows there is a bias of 20 %.
+    for part, precision in (("theta", 0.01), ("lam", 0.04)):
+        pairs.append((toys.flat(getattr(path, part)), toys.flat(getattr(terms, part)), precision))
+    for one, other, precision in pairs:
         difference = one.mean(0) - other.mean(0)
         std_error = np.sqrt((one.var(0) + other.var(0)) / len(one))
         norm = np.linalg.norm(other.mean(0))
         assert np.max(np.abs(difference) / np.maximum(std_error, 1e-6 * norm)) < 5
         direction = other.mean(0) / norm
         along = np.sqrt(((one @ direction).var() + (other @ direction).var()) / len(one))
-        assert along < 0.01 * norm
+        assert along < precision * norm
         assert abs(difference @ direction) < 5 * along
 
 
@@ -165,7 +167,7 @@ def test_fixed_schedules_are_further_from_it():
         mean, std = spread(made, made.init(jax.random.key(0)), lattice=True)
         assert abs(mean - EXACT) < 5 * std / math.sqrt(2000)
         ratios[name] = std / floor
-    assert 10 < ratios["cosine"] < 40 and 1.1 < ratios["linear"] < 1.3, ratios
+    assert 10 < ratios["cosine"] < 40 and 1.15 < ratios["linear"] < 1.5, ratios
 
 
 @pytest.mark.parametrize("name", ["bins", "monotone"])

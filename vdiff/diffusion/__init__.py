@@ -34,6 +34,7 @@ from vdiff.diffusion.grids import fixed as fixed
 from vdiff.diffusion.grids import karras as karras
 from vdiff.diffusion.grids import uniform_log_snr as uniform_log_snr
 from vdiff.diffusion.grids import uniform_time as uniform_time
+from vdiff.diffusion.guidance import guided as guided
 from vdiff.diffusion.heun import heun as heun
 from vdiff.diffusion.heun import in_log_snr as in_log_snr
 from vdiff.diffusion.heun import in_sigma as in_sigma
