@@ -225,10 +225,16 @@ def two_leaves_and_shared_weights():
 def test_weights_shared_between_p_and_q_and_two_leaves():
     toy = two_leaves_and_shared_weights()
     value, gradient = toys.exact_expectations(toy, 2, alphas=(0.0,))[0.0]
-    objective = vd.frozen(vd.rebar(shifted(toy, value).model, toy.logits, vd.iwae, 2), "cv")
-    values, draws = toys.gradient_draws({"iwae": objective}, toy.params, toy.data, 140_000)["iwae"]
-    assert toys.z_scores(values[:, None], 0.0) < 5.0
-    toys.check_unbiased(draws, gradient)
+    more = NETWORK["bernoulli"]
+    network = more._replace(apply=lambda cv, z, x: more.apply(cv, jnp.concatenate([z["a"][None], z["b"]]), x))
+    model, params = shifted(toy, value).model, toy.params._replace(cv=params_of("bernoulli").cv)
+    objectives = {
+        "rebar": vd.frozen(vd.rebar(model, toy.logits, vd.iwae, 2), "cv"),
+        "relax": vd.frozen(vd.relax(model, toy.logits, network, vd.iwae, 2), "cv"),
+    }
+    for values, draws in toys.gradient_draws(objectives, params, toy.data, 140_000).values():
+        assert toys.z_scores(values[:, None], 0.0) < 5.0
+        toys.check_unbiased(draws, gradient)
 
 
 def exact_gradient_by_x(name, bound, num_samples, params, x):
@@ -278,8 +284,11 @@ def test_x_and_what_cv_learns():
 @pytest.mark.parametrize(
     ("name", "of", "bound", "num_samples"),
     [
-        ("bernoulli", vd.relax, vd.iwae, 3),
+        ("bernoulli", vd.relax, vd.iwae, 5),
+        ("bernoulli", vd.rebar, vd.iwae, 2),
+        ("bernoulli", vd.rebar, vd.elbo, 8),
         ("categorical", vd.relax, vd.elbo, 2),
+        pytest.param("categorical", vd.rebar, vd.iwae, 8, marks=pytest.mark.slow),
     ],
 )
 def test_the_gradient_for_cv_is_that_of_the_variance(name, of, bound, num_samples):
