@@ -288,7 +288,7 @@ def test_x_and_what_cv_learns():
         ("bernoulli", vd.rebar, vd.iwae, 2),
         ("bernoulli", vd.rebar, vd.elbo, 8),
         ("categorical", vd.relax, vd.elbo, 2),
-        pytest.param("categorical", vd.rebar, vd.iwae, 8, marks=pytest.mark.slow),
+        ("categorical", vd.rebar, vd.iwae, 8),
     ],
 )
 def test_the_gradient_for_cv_is_that_of_the_variance(name, of, bound, num_samples):
