@@ -193,7 +193,11 @@ def temperature_panels(config: Config) -> list[report.Panel]:
         # At low temperatures a bias of a hundredth of the norm is drowned by anything less.
         reports = [
             vd.gradient_report(
-                estimator(case.model, case.model.logits, t), params, x, jax.random.key(1), 50 * config.num_draws
+                estimator(case.model, case.model.logits, t),
+                params,
+                x,
+                jax.random.key(1),
+                50 * config.num_draws,
             )
             for t in TEMPERATURES
         ]

@@ -167,7 +167,9 @@ def draws_without_the_noise_of_z(name, objectives, num_samples, params, num_draw
         return jax.tree.map(leaf_without, gradients)
 
     of_data = [of_datum(i, x) for i, x in enumerate(toy.data)]
-    return dict(zip(objectives, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *of_data), strict=True))
+    return dict(
+        zip(objectives, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *of_data), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,7 @@ def test_the_value_is_iwae_of_the_draws(name):
     for i, key in enumerate(keys):
         for name, (terms, _) in runs.items():
             of_z = key if name == "ratio" else jax.random.split(key)[0]
-            log_weights = toys.log_weights(
-                toy.model, of_z, toy.params, jnp.asarray(toy.data[i]), num_samples
-            )
+            log_weights = toys.log_weights(toy.model, of_z, toy.params, jnp.asarray(toy.data[i]), num_samples)
             assert float(terms["iwae"][i]) == pytest.approx(toys.numpy_bound(0.0, log_weights), rel=1e-6)
 
 
