@@ -57,7 +57,7 @@ def test_weights_shared_between_p_and_q():
     """Batch of 2, so that it is not K."""
     toy = toys.toy("shared of 2")
     objectives = {alpha: vd.score_function(toy.model, bound, 3) for alpha, bound in BOUNDS.items()}
-    runs = toys.gradient_draws(objectives, toy.params, toy.data, 120_000)
+    runs = toys.gradient_draws(objectives, toy.params, toy.data, 320_000)
     for alpha, (values, draws) in runs.items():
         value, gradient = toys.exact("shared of 2", 3)[alpha]
         assert toys.z_scores(values[:, None], value) < 5.0, alpha
