@@ -95,7 +95,10 @@ def test_it_agrees_with_the_likelihood_of_levels():
     likelihood = diffusion.levels(LEVELS)
     masses = np.exp(
         [
-            [float(likelihood.log_prob((), jnp.array([k]), jnp.zeros(1), z[0, i : i + 1], log_snr)) for k in range(4)]
+            [
+                float(likelihood.log_prob((), jnp.array([k]), jnp.zeros(1), z[0, i : i + 1], log_snr))
+                for k in range(4)
+            ]
             for i in range(2)
         ]
     )
@@ -119,7 +122,9 @@ def test_network_parameters_and_conditions_pass_through():
 
 
 def test_wrong_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"logits: got output of shape \(2, 2, 12\), expected 5 numbers.*15 output"):
+    with pytest.raises(
+        ValueError, match=r"logits: got output of shape \(2, 2, 12\), expected 5 numbers.*15 output"
+    ):
         toys.quick_jit(diffusion.expected_level(network(), 5).apply)(
             jnp.zeros((2, 2, 12)), jnp.zeros(SHAPE), jnp.float32(0)
         )
