@@ -157,7 +157,7 @@ def cosine_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0) -> Sche
     Source: Nichol and Dhariwal, 2021; in log-SNR by Hoogeboom et al., Simple Diffusion, 2023.
     """
     _check_ends(log_snr_max, log_snr_min)
-    # The angle from either end: a cosine near a right angle has lost its digits, the sine of what is left of it has not.
+    # The angle from either end: near a right angle a cosine has lost its digits, the sine of what is left has not.
     first, last = math.atan(math.exp(-0.5 * log_snr_max)), math.atan(math.exp(0.5 * log_snr_min))
     whole = 0.5 * math.pi - first - last
 
