@@ -2,13 +2,8 @@ r"""A denoiser for discrete data: a network's logits and Bayes' rule.
 
     x_hat_i = sum_k value(k) softmax_k( logits_ik + log N(z_i; alpha value(k), sigma^2) )
 
-<<<<<<< HEAD
 What its own noisy value says of a pixel is known exactly and need not be learned: the network supplies what the rest of
 z says, as a prior of each pixel, and the posterior mean follows. x_hat is always a mean of levels, and sharpens by
-=======
-Given its neighbours' law, what z says of a pixel is known exactly and need not be learned: the network supplies the
-prior of each pixel given all of z, and the posterior mean follows. x_hat is always a mean of levels, and sharpens by
->>>>>>> leaftests
 itself as the noise goes.
 
 Source: the output of Graves et al., Bayesian Flow Networks, 2023, 4.2, with the pixel's own evidence added.
