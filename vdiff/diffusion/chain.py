@@ -79,12 +79,14 @@ def chain(
         return log_prior + jnp.sum(log_steps) + parts.log_reconstruction(params, x, z[0], times[0])
 
     def step_kl(params: Params, squared_error: Array, log_snr_s: Array, log_snr_t: Array) -> Array:
-        kept = -jnp.expm1(log_snr_t - log_snr_s)
-        eta = parts.reverse_variance(params, log_snr_s, log_snr_t)
-        ratio = jnp.exp(log_sigmoid(-log_snr_s)) * kept / eta
-        of_means = jnp.exp(log_sigmoid(log_snr_s) - log_sigmoid(log_snr_t) + log_sigmoid(-log_snr_t))
-        of_spreads = num_dims * (ratio - 1.0 - jnp.log(ratio))
-        return 0.5 * (of_spreads + of_means * jnp.square(kept) / eta * squared_error)
+        log_kept = jnp.log(-jnp.expm1(log_snr_t - log_snr_s))
+        log_eta = jnp.log(parts.reverse_variance(params, log_snr_s, log_snr_t))
+        log_ratio = log_sigmoid(-log_snr_s) + log_kept - log_eta
+        # v/eta - 1 - log(v/eta): a ratio near one would leave rounding alone, its logarithm leaves nothing.
+        of_spreads = num_dims * (jnp.expm1(log_ratio) - log_ratio)
+        alphas = log_sigmoid(log_snr_s) - log_sigmoid(log_snr_t)
+        of_means = jnp.exp(alphas + log_sigmoid(-log_snr_t) + 2.0 * log_kept - log_eta)
+        return 0.5 * (of_spreads + of_means * squared_error)
 
     def rate_at(key: Key, params: Params, x: PyTree, u: Array) -> Rate:
         times = log_snrs(params.lam)
