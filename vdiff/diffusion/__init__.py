@@ -1,6 +1,7 @@
 """Diffusion models: the same ELBO at full depth, with learned schedules, samplers and likelihoods."""
 
 from vdiff.diffusion import predict as predict
+from vdiff.diffusion.adaptive import adaptive as adaptive
 from vdiff.diffusion.ancestral import Grid as Grid
 from vdiff.diffusion.ancestral import ancestral as ancestral
 from vdiff.diffusion.ancestral import uniform_time as uniform_time
@@ -11,6 +12,16 @@ from vdiff.diffusion.data_likelihoods import gaussian as gaussian
 from vdiff.diffusion.data_likelihoods import levels as levels
 from vdiff.diffusion.ddpm import ddpm as ddpm
 from vdiff.diffusion.ddpm import learned_times as learned_times
+from vdiff.diffusion.dequantization import BinNoise as BinNoise
+from vdiff.diffusion.dequantization import dequantized_log_prob as dequantized_log_prob
+from vdiff.diffusion.dequantization import start_scale as start_scale
+from vdiff.diffusion.dequantization import truncated_normal_noise as truncated_normal_noise
+from vdiff.diffusion.dequantization import uniform_noise as uniform_noise
+from vdiff.diffusion.divergence import Divergence as Divergence
+from vdiff.diffusion.divergence import exact_divergence as exact_divergence
+from vdiff.diffusion.divergence import hutchinson as hutchinson
+from vdiff.diffusion.end_gaps import EndGaps as EndGaps
+from vdiff.diffusion.end_gaps import end_gaps as end_gaps
 from vdiff.diffusion.forward import alpha as alpha
 from vdiff.diffusion.forward import betas_of as betas_of
 from vdiff.diffusion.forward import forward_marginal as forward_marginal
@@ -19,6 +30,14 @@ from vdiff.diffusion.forward import forward_posterior as forward_posterior
 from vdiff.diffusion.forward import sigma as sigma
 from vdiff.diffusion.model import Diffusion as Diffusion
 from vdiff.diffusion.model import Rate as Rate
+from vdiff.diffusion.probability_flow import flow_decode as flow_decode
+from vdiff.diffusion.probability_flow import flow_encode as flow_encode
+from vdiff.diffusion.probability_flow import ode_elbo_terms as ode_elbo_terms
+from vdiff.diffusion.probability_flow import ode_log_prob as ode_log_prob
+from vdiff.diffusion.runge_kutta import Solver as Solver
+from vdiff.diffusion.runge_kutta import Tableau as Tableau
+from vdiff.diffusion.runge_kutta import cooper_verner as cooper_verner
+from vdiff.diffusion.runge_kutta import fixed_grid as fixed_grid
 from vdiff.diffusion.schedules import Schedule as Schedule
 from vdiff.diffusion.schedules import constant_betas as constant_betas
 from vdiff.diffusion.schedules import cosine_betas as cosine_betas
@@ -37,3 +56,5 @@ from vdiff.diffusion.variances import learned_variance as learned_variance
 from vdiff.diffusion.variances import optimal_variance as optimal_variance
 from vdiff.diffusion.variances import posterior_variance as posterior_variance
 from vdiff.diffusion.vdm import vdm as vdm
+from vdiff.diffusion.warp import Warp as Warp
+from vdiff.diffusion.warp import sinh_warp as sinh_warp
