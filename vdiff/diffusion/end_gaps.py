@@ -2,10 +2,13 @@ r"""What the two ends of a schedule cost a flow's likelihood, in closed form for
 
     y ~ N(m, diag v),   n = sigma_0^2 / alpha_0^2 = exp(-log_snr(0)),   w = alpha_1^2 v + sigma_1^2
 
-    start    KL( N(m, v) || N(m, v + n) )        the flow's density is that of data blurred by n
-    end      KL( N(alpha_1 m, w) || N(0, 1) )    the path ends at w, the prior is one
+    start    KL( N(m, v) || N(m, v + n) )       the flow's density is that of data blurred by n
+    end      E[ log N(z_1; alpha_1 m, w) - log N(z_1; 0, 1) ]
+             = 1/2 ( alpha_1^2 m^2 + (w - 1) v / (v + n) - log w ),   as n -> 0 KL( N(alpha_1 m, w) || N(0, 1) )
 
-and with the denoiser of these data   E log p(y) - E ode_log_prob(y) = start + end,   summed over dimensions.
+summed over dimensions, z_1 being where the flow takes y. With the denoiser of these data, at every schedule,
+
+    E log p(y) - E ode_log_prob(y) = start + end
 """
 
 from collections.abc import Callable
@@ -20,7 +23,7 @@ from vdiff.types import Params
 
 
 class EndGaps(NamedTuple):
-    """Hold nats per datum that a flow's log-density loses on average, at either end; none is negative.
+    """Hold the nats per datum that a flow's log-density lacks on average, at either end.
 
     Attributes:
         start: at t = 0, by leaving the noise of z_0 out.
@@ -31,9 +34,7 @@ class EndGaps(NamedTuple):
     end: Float[Array, ""]
 
 
-def end_gaps(
-    diffusion: Diffusion, mean: Float[Array, "*n"], variance: Float[Array, "*n"]
-) -> Callable[[Params], EndGaps]:
+def end_gaps(diffusion: Diffusion, mean: Array, variance: Array) -> Callable[[Params], EndGaps]:
     """Compute what the schedule's two ends cost on average, for data N(mean, diag variance).
 
     For other data with these moments the end's first term, |alpha_1 mean|^2 / 2, is still right and the rest is of
@@ -60,9 +61,10 @@ def end_gaps(
     def gaps(params: Params) -> EndGaps:
         first = diffusion.log_snr(params, jnp.zeros((), mean.dtype))
         signal = alpha(diffusion.log_snr(params, jnp.ones((), mean.dtype)))
-        noise = jnp.exp(-first)
-        start = _excess(-noise / (variance + noise))
-        end = _excess(jnp.square(signal) * (variance - 1.0)) + jnp.square(signal * mean)
+        blur = jnp.exp(-first) / (variance + jnp.exp(-first))
+        spread = jnp.square(signal) * (variance - 1.0)
+        start = _excess(-blur)
+        end = jnp.square(signal * mean) + _excess(spread) - blur * spread
         return EndGaps(0.5 * jnp.sum(start), 0.5 * jnp.sum(end))
 
     return gaps

@@ -15,7 +15,7 @@ and Wanner, Solving Ordinary Differential Equations I, 1993, II.5.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,7 +46,7 @@ class Tableau(NamedTuple):
     nodes: np.ndarray
 
 
-def tableau(rows: list[list[float]], weights: list[float]) -> Tableau:
+def tableau(rows: Sequence[Sequence[float | int]], weights: Sequence[float | int]) -> Tableau:
     """Build a `Tableau` from the rows of a below the first, and b.
 
     Args:
