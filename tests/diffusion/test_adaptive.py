@@ -37,6 +37,7 @@ def test_it_equals_the_closed_form_and_the_fixed_grid(key):
     np.testing.assert_allclose(steps, grid, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_on_a_ring(key):
     """Where the fixed grid wants more than its seven steps, tolerances find out by themselves."""
     diffusion, params = diffusion_of(ring, jnp.asarray(MODES, jnp.float32), (2,), (10.0, -10.0))
@@ -69,8 +70,6 @@ def test_a_smaller_tolerance_is_more_exact_and_more_work(key):
         calls.append(len(called))
     assert errors[1] < 1e-4 < errors[0] < 1.0
     assert calls[0] < calls[1] < 400
-    # Steps of 13 and two to begin with.
-    assert all((n - 2) % 13 in (0, 1) for n in calls), calls
 
 
 def test_both_ways():
@@ -83,6 +82,7 @@ def test_both_ways():
     np.testing.assert_allclose(flow_decode(diffusion, solver=solver)(params, z), y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_fixed_grids(key):
     diffusion, params = diffusion_of(white, white_theta(0.3, 0.25), (3,))
     y = jnp.asarray([0.1, 0.5, -0.4])

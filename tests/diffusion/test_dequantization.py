@@ -76,8 +76,9 @@ def test_one_draw_is_a_lower_bound_of_known_mean(noise, n):
     log_prob = dequantized_log_prob(log_density, n, noise)
     keys = jax.random.split(jax.random.key(1), 20_000)
     u, mass, log_q = nodes(n, scale)
+    of_keys = jax.jit(jax.vmap(log_prob, (0, None, None)))
     for level in sorted({0, n // 2, n - 1}):
-        got = jax.jit(jax.vmap(log_prob, (0, None, None)))(keys, Params(), jnp.asarray([level]))
+        got = of_keys(keys, Params(), jnp.asarray([level]))
         values = np.asarray(got.value, np.float64)
         y = (2 * level + 1) / n - 1 + u
         bound = np.sum(mass * (scipy.stats.norm(LOC, SCALE).logpdf(y) - log_q))
@@ -94,8 +95,8 @@ def test_one_draw_is_a_lower_bound_of_known_mean(noise, n):
 @pytest.mark.parametrize("n", LEVELS)
 def test_many_draws_reach_the_mass_of_every_level_and_their_sum(noise, n):
     """All levels: within five standard errors each, and in sum the mass that the density has in [-1, 1]."""
-    num_samples = 1_000
-    log_prob = dequantized_log_prob(log_density, n, noise(n)[0], num_samples=num_samples, chunk_size=500)
+    num_samples = {2: 40_000, 17: 5_000, 256: 1_000}[n]
+    log_prob = dequantized_log_prob(log_density, n, noise(n)[0], num_samples=num_samples, chunk_size=1_000)
     keys = jax.random.split(jax.random.key(2), n)
     got = jax.jit(jax.vmap(log_prob, (0, None, 0)))(keys, Params(), jnp.arange(n)[:, None])
     value, std_error = np.asarray(got.value, np.float64), np.asarray(got.std_error, np.float64)
@@ -103,13 +104,13 @@ def test_many_draws_reach_the_mass_of_every_level_and_their_sum(noise, n):
     law = scipy.stats.norm(LOC, SCALE)
     mass, error = np.sum(np.exp(value)), np.sqrt(np.sum((np.exp(value) * std_error) ** 2))
     assert abs(mass - (law.cdf(1) - law.cdf(-1))) < 5 * error + 1e-5
-    assert mass < 1 and error < 0.02
+    assert mass - 5 * error < 1 and error < 0.005
     assert np.all((got.ess >= 1) & (got.ess <= num_samples * 1.001))
 
 
 def test_the_standard_error_is_the_spread_and_chunks_do_not_matter():
     k, params = jnp.asarray([[3, 9, 16]]), Params()
-    keys = jax.random.split(jax.random.key(3), 2_000)
+    keys = jax.random.split(jax.random.key(3), 1_000)
     runs = [
         jax.jit(
             jax.vmap(dequantized_log_prob(log_density, 17, num_samples=30, chunk_size=c), (0, None, None))
@@ -176,15 +177,17 @@ def test_the_gradient_reaches_the_noises_scale(key):
     noise = truncated_normal_noise(lambda params: jnp.exp(params.lam))
     log_prob = dequantized_log_prob(log_density, 2, noise)
     keys = jax.random.split(key, 20_000)
-    slope = jax.jit(
-        jax.vmap(jax.grad(lambda lam, key: log_prob(key, Params(lam=lam), jnp.asarray([1])).value), (None, 0))
-    )(jnp.log(0.3), keys)
+
+    def value(lam, key):
+        return log_prob(key, Params(lam=lam), jnp.asarray([1])).value
+
+    slope = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(jnp.log(0.2), keys)
 
     def bound(scale):
         u, mass, log_q = nodes(2, scale)
         return np.sum(mass * (scipy.stats.norm(LOC, SCALE).logpdf(0.5 + u) - log_q))
 
-    exact = (bound(0.3 * np.exp(1e-4)) - bound(0.3 * np.exp(-1e-4))) / 2e-4
+    exact = (bound(0.2 * np.exp(1e-4)) - bound(0.2 * np.exp(-1e-4))) / 2e-4
     slope = np.asarray(slope, np.float64)
     assert abs(slope.mean() - exact) < 5 * slope.std() / np.sqrt(len(slope))
     assert abs(exact) > 10 * slope.std() / np.sqrt(len(slope))

@@ -9,8 +9,9 @@ r"""From a density of embedded data to the mass of integer levels: noise that st
 
 The bins of all levels fill [-1, 1); mass that the density puts outside counts for no level: the bound stays a bound.
 The noise to take is the one that the model was trained on. A diffusion that saw the bare y_k has a density of narrow
-peaks, as wide as the noise of t = 0, scale = exp(-log_snr(0) / 2): a truncated normal of that scale fits them and starts
-the path where the denoiser was trained. One that saw y_k + u with uniform u has a density to be averaged over the bin.
+peaks, as wide as the noise of t = 0, scale = exp(-log_snr(0) / 2): a truncated normal of that scale fits them and
+starts the path where the denoiser was trained. One that saw y_k + u with uniform u has a density to be averaged over
+the bin.
 
 Source: Theis, van den Oord and Bethge, A Note on the Evaluation of Generative Models, 2016, 3.1 (uniform); Zheng et
 al., Improved Techniques for Maximum Likelihood Estimation for Diffusion ODEs, 2023, 3.2 (truncated normal).
