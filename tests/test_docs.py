@@ -65,8 +65,29 @@ def test_the_guide_to_estimators_runs(capsys):
     assert "log_q" in printed and "snr" in printed and "FAIL" not in printed
 
 
+def test_the_guide_to_the_likelihood_runs():
+    """Its programs in their order, and their numbers are what they are called."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/likelihood.md").read_text(), flags=re.S)
+    names = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(block, names)
+        key, params, y = jax.random.key(0), names["params"], names["y"]
+        for log_prob in ("cheap", "careful"):
+            # Dimensions are independent, so that probes are exact too.
+            assert abs(names[log_prob](key, params, y) - names["nats"][0]) < 1e-4
+        narrow = names["narrow"](key, names["bits"].init(key), jax.numpy.array([8, 11, 9]))
+    truth = -0.5 * np.log(2 * np.pi * 0.25**2) - 0.5 * ((names["images"] - 0.3) / 0.25) ** 2
+    gap = truth.sum((1, 2, 3)).mean() - names["nats"].mean()
+    assert 0 < names["end"] < 0.01 and abs(gap) < 0.01 and 0 <= names["start"] < 1e-8
+    np.testing.assert_allclose(names["again"], y, atol=1e-5)
+    assert set(names["terms"]) == {"reconstruction", "flow", "entropy"}
+    assert narrow.value < names["mass"].value < 0
+
+
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/estimators.md"]
+    "name",
+    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/estimators.md", "docs/likelihood.md"],
 )
 def test_links_to_files_lead_somewhere(name):
     page = ROOT / name

@@ -26,7 +26,7 @@ def adaptive(rtol: float = 1e-5, atol: float = 1e-5, *, max_steps: int = 256) ->
         max_steps: tried at most, refused ones included; beyond, the solve raises when it is run.
 
     Returns:
-        A `Solver`; 13 evaluations of the field for every step tried; differentiable in reverse mode.
+        A `Solver`; 13 evaluations of the field for every step tried and one more; differentiable in reverse mode.
 
     Raises:
         ImportError: if Diffrax is missing.
