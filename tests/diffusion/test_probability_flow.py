@@ -23,7 +23,7 @@ from tests.diffusion.flows import (
     white_theta,
     with_own,
 )
-from vdiff.diffusion import gaussian, learned_log_snr, levels, predict, vdm
+from vdiff.diffusion import ddpm, gaussian, learned_log_snr, levels, linear_betas, log_snrs_of, predict, vdm
 from vdiff.diffusion.divergence import exact_divergence, hutchinson
 from vdiff.diffusion.forward import alpha, sigma
 from vdiff.diffusion.probability_flow import flow_decode, flow_encode, ode_elbo_terms, ode_log_prob
@@ -48,8 +48,20 @@ def reference(y, ends):
     return pushforward(y, np.full(y.shape[1:], float(np.float32(MEAN))), np.full(y.shape[1:], SCALE**2), ends)
 
 
-@pytest.mark.parametrize("ends", [(13.3, -5.0), (10.0, -10.0)])
-@pytest.mark.parametrize("shape", [(8,), (2, 2, 2), (28, 28, 1)])
+IMAGE = (28, 28, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ends"),
+    [
+        ((8,), ENDS),
+        ((8,), (10.0, -10.0)),
+        ((2, 2, 2), (10.0, -10.0)),
+        (IMAGE, ENDS),
+        pytest.param((2, 2, 2), ENDS, marks=pytest.mark.slow),
+        pytest.param(IMAGE, (10.0, -10.0), marks=pytest.mark.slow),
+    ],
+)
 def test_the_bar(key, shape, ends):
     """At 77 calls of the denoiser: rms below 5e-7, largest below 2e-6 nats/dim, on 64 data."""
     diffusion, params = diffusion_of(white, white_theta(MEAN, SCALE), shape, ends)
@@ -68,7 +80,7 @@ def test_the_gap_to_the_datas_density_is_that_of_the_ends(key, ends):
     (a, noise), (b, noise_last) = scales(float(np.float32(ends[0]))), scales(float(np.float32(ends[1])))
     mean, ones = np.full(8, float(np.float32(MEAN))), np.ones(8)
     truth = log_normal(y, mean, SCALE**2 * ones)
-    z = np.asarray(jax.vmap(flow_encode(diffusion), (None, 0))(params, y), np.float64)
+    z = np.asarray(jax.jit(jax.vmap(flow_encode(diffusion), (None, 0)))(params, y), np.float64)
     start = truth - log_normal(y, mean, (SCALE**2 + noise / a**2) * ones)
     end = log_normal(z, b * mean, (b**2 * SCALE**2 + noise_last) * ones) - log_normal(z, 0 * mean, ones)
     gap = truth - np.asarray(of_batch(ode_log_prob(diffusion))(key, params, y), np.float64)
@@ -76,7 +88,7 @@ def test_the_gap_to_the_datas_density_is_that_of_the_ends(key, ends):
     assert np.max(np.abs(end)) > (1e-2 if ends[1] == -5.0 else 1e-4)
 
 
-@pytest.mark.parametrize("shape", [(6,), (3, 2, 1)])
+@pytest.mark.parametrize("shape", [pytest.param((6,), marks=pytest.mark.slow), (3, 2, 1)])
 def test_correlated_data_of_scales_from_a_fifth_to_one_and_a_half(key, shape):
     """The Jacobian is far from a multiple of the identity: any trace but the trace shows."""
     theta = correlated_theta(6, shape=shape)
@@ -86,10 +98,10 @@ def test_correlated_data_of_scales_from_a_fifth_to_one_and_a_half(key, shape):
     for chunk_size in (4, 64):
         log_prob = ode_log_prob(diffusion, divergence=exact_divergence(chunk_size))
         np.testing.assert_allclose(of_batch(log_prob)(key, params, y), expected, atol=6 * 3e-6, rtol=2e-6)
-    np.testing.assert_allclose(jax.vmap(flow_encode(diffusion), (None, 0))(params, y), z, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(flow_encode(diffusion), (None, 0)))(params, y), z, atol=2e-5)
 
 
-@pytest.mark.parametrize("num_probes", [1, 3])
+@pytest.mark.parametrize("num_probes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_hutchinsons_mean_is_the_exact_one(num_probes):
     """Over 8,192 keys on correlated data; the spread is some tenths of a nat, so that 0.01 nats would show."""
     theta = correlated_theta(4)
@@ -131,7 +143,11 @@ def test_any_denoiser_gives_a_density(key):
     assert got.max() > 1.0
 
 
-@pytest.mark.parametrize("divergence", [exact_divergence(), hutchinson(2)], ids=["exact", "hutchinson"])
+@pytest.mark.parametrize(
+    "divergence",
+    [exact_divergence(2), pytest.param(hutchinson(2), marks=pytest.mark.slow)],
+    ids=["exact", "hutchinson"],
+)
 def test_calls_of_the_denoiser(key, divergence):
     """Counted as it runs: eleven a step, whatever the number of tangents; none in other places."""
     called = []
@@ -193,10 +209,23 @@ def test_the_schedules_interior_does_not_matter(key):
     params = diffusion.init(key)
     bent = params._replace(lam=jnp.asarray([3.0, -1.0, 0.0, 0.5]))
     y = jnp.asarray(draws((8,), 1))
-    value, gradient = jax.value_and_grad(ode_log_prob(diffusion), argnums=1)(key, bent, y[0])
+    value_and_grad = jax.jit(jax.value_and_grad(ode_log_prob(diffusion), argnums=1))
+    value, gradient = value_and_grad(key, bent, y[0])
     np.testing.assert_allclose(value, reference(y, ENDS)[0][0], atol=8 * 2e-6)
-    np.testing.assert_allclose(value, ode_log_prob(diffusion)(key, params, y[0]), atol=8e-6)
+    np.testing.assert_allclose(value, value_and_grad(key, params, y[0])[0], atol=8e-6)
     np.testing.assert_allclose(gradient.lam, np.zeros(4), atol=1e-4)
+
+
+def test_a_chain_is_read_between_its_first_and_last_latent(key):
+    """The lecture's model: the flow runs from z_1 to z_m, whatever lies between."""
+    betas = linear_betas(50)
+    denoiser = Network(lambda key: white_theta(MEAN, SCALE), white)
+    diffusion = ddpm(denoiser, betas, shape=(8,), predict=predict.data)
+    log_snrs = log_snrs_of(betas)
+    y = draws((8,))
+    got = of_batch(ode_log_prob(diffusion))(key, diffusion.init(key), y)
+    expected = reference(y, (float(log_snrs[0]), float(log_snrs[-1])))[0]
+    np.testing.assert_allclose(got, expected, atol=8 * 2e-6)
 
 
 @pytest.mark.parametrize("name", ["noise", "velocity"])
@@ -224,8 +253,8 @@ def test_there_and_back():
     diffusion, params = diffusion_of(ring, jnp.asarray(MODES, jnp.float32), (2,), (8.0, -5.0))
     y = (MODES + 0.15 * np.random.default_rng(2).normal(size=(8, 2))).astype(np.float32)
     solver = fixed_grid(20)
-    z = jax.vmap(flow_encode(diffusion, solver=solver), (None, 0))(params, y)
-    again = jax.vmap(flow_decode(diffusion, solver=solver), (None, 0))(params, z)
+    z = jax.jit(jax.vmap(flow_encode(diffusion, solver=solver), (None, 0)))(params, y)
+    again = jax.jit(jax.vmap(flow_decode(diffusion, solver=solver), (None, 0)))(params, z)
     np.testing.assert_allclose(again, y, atol=2e-4)
     assert np.abs(z - y).max() > 0.5
 
@@ -235,7 +264,7 @@ def test_decoding_is_the_inverse_map_in_closed_form():
     diffusion, params = diffusion_of(correlated, theta, (6,))
     y = np.random.default_rng(4).normal(size=(8, 6)).astype(np.float32)
     z = pushforward(y, theta["mean"], theta["variance"], ENDS, theta["basis"])[1].astype(np.float32)
-    np.testing.assert_allclose(jax.vmap(flow_decode(diffusion), (None, 0))(params, z), y, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(flow_decode(diffusion), (None, 0)))(params, z), y, atol=2e-5)
 
 
 def test_with_the_noise_of_the_start_it_bounds_and_the_terms_are_exact(key):
@@ -259,6 +288,7 @@ def test_with_the_noise_of_the_start_it_bounds_and_the_terms_are_exact(key):
     np.testing.assert_allclose(terms["entropy"], 1.5 * np.log(2 * np.pi * np.e * noise), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_start_with_noise_on_levels_needs_no_dequantisation():
     """Bits of known mass, p(x | z_0) by the levels themselves: the bound is the log-mass, at high SNR."""
     log_mass = np.log([0.2, 0.8])
@@ -277,6 +307,7 @@ def test_the_start_with_noise_on_levels_needs_no_dequantisation():
     assert abs(got.mean() - log_mass[np.asarray(x)].sum()) < 5 * got.std() / np.sqrt(len(got)) + 1e-3
 
 
+@pytest.mark.slow
 def test_the_eighth_order_shows_in_float64():
     """Twice the steps, a hundred times the precision; what is measured at 7 is not rounding alone."""
     with jax.enable_x64(True):
@@ -308,6 +339,7 @@ def test_traced_once(key):
     np.testing.assert_allclose(evaluate(log_prob, key, params, y, batch_size=2), one_by_one, atol=8e-6)
 
 
+@pytest.mark.slow
 def test_a_denoiser_without_parameters_and_another_warp(key):
     diffusion, params = diffusion_of(
         lambda theta, z, log_snr: white(white_theta(MEAN, SCALE), z, log_snr), (), (8,)
