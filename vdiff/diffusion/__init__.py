@@ -38,6 +38,7 @@ from vdiff.diffusion.runge_kutta import Solver as Solver
 from vdiff.diffusion.runge_kutta import Tableau as Tableau
 from vdiff.diffusion.runge_kutta import cooper_verner as cooper_verner
 from vdiff.diffusion.runge_kutta import fixed_grid as fixed_grid
+from vdiff.diffusion.runge_kutta import tableau as tableau
 from vdiff.diffusion.schedules import Schedule as Schedule
 from vdiff.diffusion.schedules import constant_betas as constant_betas
 from vdiff.diffusion.schedules import cosine_betas as cosine_betas

@@ -35,7 +35,13 @@ BinNoise = Callable[[Key, Params, tuple[int, ...], float], tuple[Array, Array]]
 
 
 def uniform_noise() -> BinNoise:
-    """Build noise that fills the bin evenly: log q = -d log(2 half)."""
+    """Build noise that fills the bin evenly: log q = -d log(2 half).
+
+    Returns:
+        A `BinNoise`.
+
+    Source: Theis, van den Oord and Bethge, 2016, 3.1.
+    """
 
     def draw(key: Key, params: Params, shape: tuple[int, ...], half: float) -> tuple[Array, Array]:
         u = half * jax.random.uniform(check_key(key), shape, minval=-1.0)
@@ -77,7 +83,14 @@ def truncated_normal_noise(scale: float | Callable[[Params], Array]) -> BinNoise
 
 
 def start_scale(diffusion: Diffusion) -> Callable[[Params], Float[Array, ""]]:
-    """Return `(params) -> sigma_0 / alpha_0 = exp(-log_snr(0) / 2)`, the noise of z_0 in embedded units."""
+    """Read off the noise of z_0 in embedded units, sigma_0 / alpha_0 = exp(-log_snr(0) / 2).
+
+    Args:
+        diffusion: whose log-SNR at t = 0 is read.
+
+    Returns:
+        `(params) -> []`, for `truncated_normal_noise`.
+    """
     return lambda params: jnp.exp(-0.5 * diffusion.log_snr(params, jnp.zeros(())))
 
 
