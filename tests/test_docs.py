@@ -65,6 +65,25 @@ def test_the_guide_to_estimators_runs(capsys):
     assert "log_q" in printed and "snr" in printed and "FAIL" not in printed
 
 
+def test_the_readmes_centrepiece_holds(capsys):
+    """The diffusion loss is the ELBO of the path."""
+    exec(BLOCKS[3], {})
+    assert abs(float(capsys.readouterr().out.split()[0])) < 5
+
+
+def test_the_guide_to_diffusion_runs(capsys):
+    """Its programs in their order, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/diffusion.md").read_text(), flags=re.S)
+    names = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(block, names)
+    assert int(names["state"].step) == 20 and np.all(np.isfinite(names["nats"].value))
+    assert names["image"].shape == names["shape"] and names["path"].shape == (10, *names["shape"])
+    assert set(names["terms"]) == {"prior", "reconstruction", "diffusion"}
+    assert "prior_diffusion" in capsys.readouterr().out
+
+
 def test_the_guide_to_the_likelihood_runs():
     """Its programs in their order, and their numbers are what they are called."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/likelihood.md").read_text(), flags=re.S)
@@ -87,7 +106,14 @@ def test_the_guide_to_the_likelihood_runs():
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/estimators.md", "docs/likelihood.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/estimators.md",
+        "docs/diffusion.md",
+        "docs/likelihood.md",
+    ],
 )
 def test_links_to_files_lead_somewhere(name):
     page = ROOT / name

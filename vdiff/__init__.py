@@ -2,6 +2,7 @@
 
 from vdiff import data as data
 from vdiff import densities as densities
+from vdiff import diffusion as diffusion
 from vdiff import evaluate as evaluate
 from vdiff import likelihoods as likelihoods
 from vdiff import nets as nets
@@ -13,6 +14,16 @@ from vdiff.bounds import elbo as elbo
 from vdiff.bounds import iwae as iwae
 from vdiff.bounds import renyi as renyi
 from vdiff.bounds import tvo as tvo
+from vdiff.diffusion import predict as predict
+from vdiff.diffusion.ancestral import ancestral as ancestral
+from vdiff.diffusion.ddpm import ddpm as ddpm
+from vdiff.diffusion.forward import forward_marginal as forward_marginal
+from vdiff.diffusion.forward import forward_noise as forward_noise
+from vdiff.diffusion.model import Diffusion as Diffusion
+from vdiff.diffusion.schedules import cosine_betas as cosine_betas
+from vdiff.diffusion.schedules import learned_log_snr as learned_log_snr
+from vdiff.diffusion.schedules import linear_betas as linear_betas
+from vdiff.diffusion.vdm import vdm as vdm
 from vdiff.estimators.control_variates import rebar as rebar
 from vdiff.estimators.control_variates import rebar_init as rebar_init
 from vdiff.estimators.control_variates import relax as relax
@@ -37,6 +48,10 @@ from vdiff.evaluate.gradients import gradient_report as gradient_report
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
 from vdiff.models import families as families
 from vdiff.models.concrete import concrete as concrete
+from vdiff.models.conditional import conditional as conditional
+from vdiff.models.conditional import dropping as dropping
+from vdiff.models.conditional import given as given
+from vdiff.models.conditional import on_pairs as on_pairs
 from vdiff.models.covariance import diagonal_covariance as diagonal_covariance
 from vdiff.models.covariance import full_covariance as full_covariance
 from vdiff.models.covariance import shared_covariance as shared_covariance
@@ -82,6 +97,7 @@ from vdiff.train.step import TrainState as TrainState
 from vdiff.train.step import init_state as init_state
 from vdiff.train.step import make_train_step as make_train_step
 from vdiff.train.step import per_example as per_example
+from vdiff.train.step import stratified as stratified
 from vdiff.types import Likelihood as Likelihood
 from vdiff.types import LogProb as LogProb
 from vdiff.types import Model as Model

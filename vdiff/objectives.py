@@ -156,14 +156,15 @@ def _check_parts(parts: Iterable[str]) -> None:
 
 
 def preprocessed(
-    objective: Callable[[Key, Params, PyTree], PyTree], transform: Callable[[Key, PyTree], PyTree]
-) -> Callable[[Key, Params, PyTree], PyTree]:
+    objective: Callable[..., PyTree], transform: Callable[[Key, PyTree], PyTree]
+) -> Callable[..., PyTree]:
     """Transform a datum at random before it is judged: binarisation, dequantisation, augmentation.
 
         o(key, params, x) = objective(key_o, params, transform(key_t, x))
 
     It happens on the device and from the key, so that data stay small on the host and the draw belongs
-    to the step and the position in the batch. Works on evaluators as on objectives.
+    to the step and the position in the batch. Works on evaluators as on objectives, and passes on what a batching gives
+    besides, such as the coordinate u of `stratified`.
 
     Args:
         objective: `(key, params, x) -> anything`.
@@ -173,9 +174,9 @@ def preprocessed(
         A function of the same signature as `objective`.
     """
 
-    def objective_preprocessed(key: Key, params: Params, x: PyTree) -> PyTree:
+    def objective_preprocessed(key: Key, params: Params, x: PyTree, *coordinates: Array) -> PyTree:
         key_transform, key_objective = jax.random.split(check_key(key))
-        return objective(key_objective, params, transform(key_transform, x))
+        return objective(key_objective, params, transform(key_transform, x), *coordinates)
 
     return objective_preprocessed
 

@@ -3,8 +3,8 @@ r"""A diffusion model on a chain of m latents: what `ddpm` and `vdm` have in com
     p(z_i | z_{i+1}) = N( E[z_i | z_{i+1}, x_hat], eta I ),   x_hat = denoise(z_{i+1})
     KL_i = dims/2 (v/eta - 1 - log(v/eta)) + |mean difference|^2 / (2 eta),   v the variance of q(z_i | z_{i+1}, x)
 
-The difference of the means is alpha_s c (x - x_hat) with c = 1 - SNR_t / SNR_s, where x - x_hat is sigma_t / alpha_t times
-eps_hat - eps, so that |mean difference|^2 = (alpha_s c sigma_t / alpha_t)^2 |eps_hat - eps|^2.
+The difference of the means is alpha_s c (x - x_hat) with c = 1 - SNR_t / SNR_s, where x - x_hat is
+sigma_t / alpha_t times eps_hat - eps, so that |mean difference|^2 = (alpha_s c sigma_t / alpha_t)^2 |eps_hat - eps|^2.
 
 One step, drawn with probability p_i, stands for the sum: the diffusion term is -KL_i / p_i.
 """
@@ -22,9 +22,9 @@ from vdiff.densities import normal_log_prob, standard_normal_log_prob
 from vdiff.diffusion.ancestral import ancestral
 from vdiff.diffusion.data_likelihoods import DataLikelihood
 from vdiff.diffusion.forward import forward_noise, forward_posterior
-from vdiff.diffusion.model import Diffusion, Rate, at_random_time
+from vdiff.diffusion.model import Diffusion, Rate, at_random_time, terms_from
 from vdiff.diffusion.parts import Parts, towards_less_variance
-from vdiff.types import Key, Params, PyTree, Terms, check_key
+from vdiff.types import Key, Params, PyTree, Terms
 
 
 def chain(
@@ -89,7 +89,7 @@ def chain(
     def rate_at(key: Key, params: Params, x: PyTree, u: Array) -> Rate:
         times = log_snrs(params.lam)
         if num_latents == 1:
-            return Rate(jnp.zeros(()), times[0], jnp.zeros(()))
+            return Rate(jnp.zeros(()), times[0], jnp.zeros(()), jnp.zeros(()))
         logits = None if time_logits is None else time_logits(params.lam)
         i, probability = _step_at(u, num_latents - 1, logits)
         log_snr_s, log_snr_t = times[i], times[i + 1]
@@ -97,13 +97,14 @@ def chain(
         value = -step_kl(params, squared_error, log_snr_s, log_snr_t) / probability
         if logits is not None:
             value += towards_less_variance(value, jax.nn.log_softmax(logits)[i], num_dims)
-        return Rate(value, log_snr_t, stop_gradient(probability / (log_snr_s - log_snr_t)))
+        density = stop_gradient(probability / (log_snr_s - log_snr_t))
+        return Rate(value, log_snr_t, density, squared_error)
 
-    def elbo_terms_at(key: Key, params: Params, x: PyTree, u: Array) -> Terms:
-        key_ends, key_rate = jax.random.split(check_key(key))
+    def end_terms(key: Key, params: Params, x: PyTree) -> Terms:
         times = log_snrs(params.lam)
-        ends = parts.end_terms(key_ends, params, x, times[0], times[-1])
-        return {**ends, "diffusion": rate_at(key_rate, params, x, u).value}
+        return parts.end_terms(key, params, x, times[0], times[-1])
+
+    elbo_terms_at = terms_from(end_terms, rate_at)
 
     diffusion = Diffusion(
         init=parts.init,
@@ -113,6 +114,7 @@ def chain(
         sample=None,  # it is made of the rest
         elbo_terms=at_random_time(elbo_terms_at),
         elbo_terms_at=elbo_terms_at,
+        end_terms=end_terms,
         rate_at=rate_at,
         denoise=parts.denoise,
         log_snr=lambda params, t: log_snr(params.lam, t),

@@ -2,7 +2,7 @@ r"""The last step p(x | z_1) of a diffusion model, and the place where its noise
 
     gaussian(scale)               x real                N(x; x_hat, scale^2)
     discretized_gaussian(levels)  x in {0..levels-1}    mass of N(x_hat, scale^2) on the bin of x
-    levels(n)                     x in {0..n-1}         softmax over k of  -1/2 SNR_1 (z_1 / alpha_1 - value(k))^2
+    levels(n)                     x in {0..n-1}         softmax over k of  log N(z_1; alpha_1 value(k), sigma_1^2)
     bernoulli()                   x in {0, 1}           levels(2)
 
 x_hat is the denoiser's guess at z_1. `levels` does without it: it is the posterior under a flat prior on levels, needs
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array
 
-from vdiff.densities import normal_log_prob
-from vdiff.diffusion.forward import alpha
+from vdiff.densities import LOG_2_PI, normal_log_prob
+from vdiff.diffusion.forward import alpha, sigma
 from vdiff.types import Key, PyTree, check_key
 
 
@@ -86,21 +86,17 @@ def discretized_gaussian(levels: int) -> DataLikelihood:
     Raises:
         ValueError: if there are fewer than two levels.
     """
-    embed, unembed = _embedding(levels)
+    embed, unembed = embedding(levels)
     half = 1.0 / levels
 
     def scale_of(params: PyTree, log_snr: Array) -> Array:
         return jnp.exp(params - 0.5 * log_snr)
 
     def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
-        centred, scale = embed(x) - x_hat, scale_of(params, log_snr)
-        upper, lower = (centred + half) / scale, (centred - half) / scale
-        # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): taken in the tail where the two differ most in their logarithms.
-        left = jnp.where(centred > 0, -upper, lower)
-        right = jnp.where(centred > 0, -lower, upper)
-        log_right = log_ndtr(right)
-        inside = log_right + jnp.log(-jnp.expm1(jnp.minimum(log_ndtr(left) - log_right, -1e-7)))
-        ends = jnp.where(x == 0, log_ndtr(upper), log_ndtr(-lower))
+        scale = scale_of(params, log_snr)
+        centre, half_width = (embed(x) - x_hat) / scale, half / scale
+        ends = _log_ndtr(jnp.where(x == 0, centre, -centre) + half_width)
+        inside = _log_mass(centre, half_width)
         return jnp.sum(jnp.where((x == 0) | (x == levels - 1), ends, inside))
 
     def sample(key: Key, params: PyTree, x_hat: Array, z: Array, log_snr: Array) -> Array:
@@ -113,7 +109,7 @@ def discretized_gaussian(levels: int) -> DataLikelihood:
 def levels(num_levels: int) -> DataLikelihood:
     """Build p(x | z_1) over levels, each weighed by how well it explains z_1.
 
-        p(x_i = k | z_1) = softmax_k( -1/2 SNR_1 (z_1i / alpha_1 - value(k))^2 ),   value(k) = (2 k + 1) / n - 1
+        p(x_i = k | z_1) = softmax_k( log N(z_1i; alpha_1 value(k), sigma_1^2) ),   value(k) = (2 k + 1) / n - 1
 
     Args:
         num_levels: n, how many values a pixel can take.
@@ -124,13 +120,10 @@ def levels(num_levels: int) -> DataLikelihood:
     Raises:
         ValueError: if there are fewer than two levels.
     """
-    embed, unembed = _embedding(num_levels)
+    embed, unembed = embedding(num_levels)
 
     def log_masses(z: Array, log_snr: Array) -> Array:
-        values = embed(jnp.arange(num_levels)).reshape((1,) * z.ndim + (num_levels,))
-        # Squared distances, not their expansion: at a high SNR its terms would cancel.
-        distance = z[..., None] / alpha(log_snr) - values
-        return jax.nn.log_softmax(-0.5 * jnp.exp(log_snr) * jnp.square(distance))
+        return jax.nn.log_softmax(evidence(z, log_snr, num_levels)[0])
 
     def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
         index = x.astype(jnp.int32)[..., None]
@@ -150,7 +143,52 @@ def bernoulli() -> DataLikelihood:
     return levels(2)
 
 
-def _embedding(levels: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+def evidence(z: Array, log_snr: Array, num_levels: int) -> tuple[Array, Array]:
+    """Weigh each level by how well it explains z.
+
+        log N(z; alpha value(k), sigma^2),   up to what no level changes
+
+    Returns:
+        The logarithms [*z.shape, num_levels], and the values, broadcast against them.
+    """
+    embed, _ = embedding(num_levels)
+    values = embed(jnp.arange(num_levels)).reshape((1,) * z.ndim + (num_levels,))
+    # Squared distances, not their expansion: at a high SNR its terms would cancel.
+    distance = (z[..., None] - alpha(log_snr) * values) / sigma(log_snr)
+    return -0.5 * jnp.square(distance), values
+
+
+def _log_mass(centre: Array, half_width: Array) -> Array:
+    """Return log( Phi(c + h) - Phi(c - h) ), with slopes that are right in either tail and for a narrow bin."""
+    # A narrow bin has the density at its centre times its width, and a correction: no difference of like numbers.
+    is_narrow = half_width * (1.0 + jnp.abs(centre)) < 0.2
+    c, h = jnp.where(is_narrow, centre, 0.0), jnp.where(is_narrow, half_width, 0.1)
+    curvature = jnp.square(h) * (jnp.square(c) - 1.0) / 6.0
+    curvature += h**4 * (c**4 - 6.0 * jnp.square(c) + 3.0) / 120.0
+    narrow = jnp.log(2.0 * h) - 0.5 * (jnp.square(c) + LOG_2_PI) + jnp.log1p(curvature)
+    # Else Phi(b) (1 - Phi(a) / Phi(b)), on the side where the two differ most in their logarithms.
+    b, a = half_width - jnp.abs(centre), -half_width - jnp.abs(centre)
+    log_ratio = _log_mills(a) - _log_mills(b) - 2.0 * half_width * jnp.abs(centre)
+    wide = _log_ndtr(b) + jnp.log(-jnp.expm1(jnp.minimum(log_ratio, -0.1)))
+    return jnp.where(is_narrow, narrow, wide)
+
+
+def _log_mills(x: Array) -> Array:
+    """Return log Phi(x) + x^2 / 2, which varies slowly on the left, where jax's own log_ndtr has lost its slope."""
+    left = jnp.minimum(x, -8.0)
+    inverse = 1.0 / jnp.square(left)
+    series = inverse * (-1.0 + inverse * (3.0 + inverse * (-15.0 + 105.0 * inverse)))
+    tail = jnp.log1p(series) - jnp.log(-left) - 0.5 * LOG_2_PI
+    right = jnp.maximum(x, -8.0)
+    return jnp.where(x < -8.0, tail, log_ndtr(right) + 0.5 * jnp.square(right))
+
+
+def _log_ndtr(x: Array) -> Array:
+    return _log_mills(x) - 0.5 * jnp.square(x)
+
+
+def embedding(levels: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Return x -> (2 x + 1) / levels - 1, bin centres of [-1, 1], and the way back."""
     if levels < 2:
         raise ValueError(f"levels: got {levels}, expected at least 2; count the values a pixel can take")
     return (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
 
 from vdiff.diffusion.chain import chain
 from vdiff.diffusion.data_likelihoods import DataLikelihood, gaussian
@@ -24,7 +24,7 @@ from vdiff.types import Network
 
 def ddpm(
     denoiser: Network,
-    betas: Float[Array, " m"] | Sequence[float],
+    betas: ArrayLike | Sequence[float],
     *,
     shape: Sequence[int],
     predict: Prediction = noise,

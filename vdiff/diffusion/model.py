@@ -16,7 +16,7 @@ import jax
 from jaxtyping import Array, Float
 
 from vdiff.diffusion.data_likelihoods import DataLikelihood
-from vdiff.types import Key, Model, Objective, Params, PyTree, Terms
+from vdiff.types import Key, Model, Objective, Params, PyTree, Terms, check_key
 
 
 class Rate(NamedTuple):
@@ -26,11 +26,13 @@ class Rate(NamedTuple):
         value: an estimate of the whole term, nats: minus the KL at one time, divided by that time's probability.
         log_snr: of the latent that was denoised.
         density: probability of drawing that time, per unit of log-SNR.
+        squared_error: |eps_hat - eps|^2 there. value nears -1/2 squared_error / density as steps get small.
     """
 
-    value: Float[Array, ""]
-    log_snr: Float[Array, ""]
-    density: Float[Array, ""]
+    value: Float[Array, "..."]
+    log_snr: Float[Array, "..."]
+    density: Float[Array, "..."]
+    squared_error: Float[Array, "..."]
 
 
 class Diffusion(NamedTuple):
@@ -44,6 +46,7 @@ class Diffusion(NamedTuple):
         sample: see `Model`.
         elbo_terms: see `Model`: "prior", "reconstruction" (one draw) and "diffusion" (one draw at one time).
         elbo_terms_at: `(key, params, x, u) -> Terms`, at the time that u in [0, 1) stands for.
+        end_terms: `(key, params, x) -> {"prior", "reconstruction"}`, the terms that know no time.
         rate_at: `(key, params, x, u) -> Rate`, the diffusion term alone.
         denoise: `(params, z, log_snr) -> E[x | z]`, of shape `shape`.
         log_snr: `(params, t) -> []`, from t = 0 at z_1 to t = 1 at z_m.
@@ -59,6 +62,7 @@ class Diffusion(NamedTuple):
     sample: Callable[[Key, Params], tuple[PyTree, PyTree]]
     elbo_terms: Objective
     elbo_terms_at: Callable[[Key, Params, PyTree, Array], Terms]
+    end_terms: Objective
     rate_at: Callable[[Key, Params, PyTree, Array], Rate]
     denoise: Callable[[Params, Array, Array], Array]
     log_snr: Callable[[Params, Array], Array]
@@ -69,11 +73,23 @@ class Diffusion(NamedTuple):
     elbo_estimate = Model.elbo_estimate
 
 
+def terms_from(
+    end_terms: Objective, rate_at: Callable[[Key, Params, PyTree, Array], Rate]
+) -> Callable[[Key, Params, PyTree, Array], Terms]:
+    """Make `elbo_terms_at` of its parts."""
+
+    def elbo_terms_at(key: Key, params: Params, x: PyTree, u: Array) -> Terms:
+        key_ends, key_rate = jax.random.split(check_key(key))
+        return {**end_terms(key_ends, params, x), "diffusion": rate_at(key_rate, params, x, u).value}
+
+    return elbo_terms_at
+
+
 def at_random_time(terms_at: Callable[[Key, Params, PyTree, Array], Terms]) -> Objective:
     """Make an objective of one that is told its time: u is drawn uniformly, for each datum by itself."""
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        key_u, key_terms = jax.random.split(key)
+        key_u, key_terms = jax.random.split(check_key(key))
         return terms_at(key_terms, params, x, jax.random.uniform(key_u))
 
     return objective

@@ -1,8 +1,8 @@
 r"""Noise schedules: betas of a chain, and log-SNR as a function of time.
 
 A chain is given by beta_1..beta_m; continuous time by a `Schedule`, log_snr = apply(lam, t), falling from t = 0, the
-data, to t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a schedule then
-only decides where the estimate spends its draws.
+data, to t = 1, the noise. With both ends fixed the ELBO in continuous time does not depend on what lies between: a
+schedule then only decides where the estimate spends its draws.
 
 Any Gaussian process a(t) x + s(t) eps of the literature is a variance-preserving one in other units,
 
@@ -19,17 +19,21 @@ Stochastic Differential Equations, 2021; Karras et al., 2022; Liu, Gong and Liu,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from vdiff.diffusion.forward import alpha, sigma
 from vdiff.types import Key, PyTree
+
+# The part of time that is shared evenly by a learned schedule's stretches, whatever it learns.
+_EVEN = 1e-3
 
 
 class Schedule(NamedTuple):
@@ -116,7 +120,7 @@ def constant_betas(num_steps: int, beta: float) -> Float[Array, " m"]:
     return jnp.full((num_steps,), _check_beta("beta", beta))
 
 
-def log_snrs_of(betas: Float[Array, " m"] | np.ndarray) -> Float[Array, " m"]:
+def log_snrs_of(betas: ArrayLike | Sequence[float]) -> Float[Array, " m"]:
     """Return the log-SNRs of z_1..z_m, given the variance that each step adds.
 
         alpha_i^2 = prod_{j <= i} (1 - beta_j),   log_snr_i = log alpha_i^2 - log(1 - alpha_i^2)
@@ -153,11 +157,13 @@ def cosine_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0) -> Sche
     Source: Nichol and Dhariwal, 2021; in log-SNR by Hoogeboom et al., Simple Diffusion, 2023.
     """
     _check_ends(log_snr_max, log_snr_min)
-    first, last = (math.atan(math.exp(-0.5 * end)) for end in (log_snr_max, log_snr_min))
+    # The angle from either end: near a right angle a cosine has lost its digits, the sine of what is left has not.
+    first, last = math.atan(math.exp(-0.5 * log_snr_max)), math.atan(math.exp(0.5 * log_snr_min))
+    whole = 0.5 * math.pi - first - last
 
     def apply(t: Array) -> Array:
-        angle = first + (last - first) * t
-        return 2.0 * (jnp.log(jnp.cos(angle)) - jnp.log(jnp.sin(angle)))
+        angle, left = first + whole * t, last + whole * (1.0 - t)
+        return 2.0 * (jnp.log(jnp.sin(left)) - jnp.log(jnp.sin(angle)))
 
     return _fixed(apply)
 
@@ -230,9 +236,11 @@ def rectified_flow(time_min: float = 1e-3, time_max: float = 0.999) -> Schedule:
             f"time_min, time_max: got {time_min}, {time_max}, expected 0 < time_min < time_max < 1"
         )
 
+    whole = time_max - time_min
+
     def apply(lam: PyTree, t: Array) -> Array:
-        s = time_min + (time_max - time_min) * t
-        return 2.0 * (jnp.log1p(-s) - jnp.log(s))
+        # 1 - s from its own end, where s itself has no digits left for it.
+        return 2.0 * (jnp.log((1.0 - time_max) + whole * (1.0 - t)) - jnp.log(time_min + whole * t))
 
     return Schedule(lambda key: (), apply, lambda log_snr: 1.0 / (alpha(log_snr) + sigma(log_snr)))
 
@@ -240,8 +248,12 @@ def rectified_flow(time_min: float = 1e-3, time_max: float = 0.999) -> Schedule:
 def learned_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0, num_bins: int = 32) -> Schedule:
     """Learn how much of the time each stretch of log-SNR gets; both ends are pinned.
 
-    log-SNR is piecewise linear in time, each of `num_bins` equal stretches taking softmax(lam)_i of it. So the density
-    of times over log-SNR is a histogram, and where it settles is proportional to the root of the squared loss there.
+    log-SNR is piecewise linear in time, each of `num_bins` equal stretches taking a share of it,
+
+        share_i = (1 - 1/1000) softmax(lam)_i + 1/1000 / num_bins
+
+    which never vanishes: each log-SNR is visited whatever lam, and the estimate stays unbiased. So the density of times
+    over log-SNR is a histogram, and where it settles is proportional to the root of the squared loss there.
 
     Args:
         log_snr_max: at t = 0.
@@ -260,15 +272,13 @@ def learned_log_snr(log_snr_max: float = 13.3, log_snr_min: float = -5.0, num_bi
     width = (log_snr_min - log_snr_max) / num_bins
 
     def apply(lam: Float[Array, " num_bins"], t: Array) -> Array:
-        share = jax.nn.softmax(lam)
+        share = (1.0 - _EVEN) * jax.nn.softmax(lam) + _EVEN / num_bins
         ends = jnp.cumsum(share)
         i = jnp.minimum(jnp.searchsorted(stop_gradient(ends), t, side="right"), num_bins - 1)
         start = jnp.where(i == 0, 0.0, ends[i - 1])
         # The last stretch ends at one, whatever rounding made of the sum.
         stop = jnp.where(i == num_bins - 1, 1.0, ends[i])
-        # An empty stretch is never entered but at its ends; there any finite slope will do.
-        length = jnp.maximum(stop - start, 1e-12)
-        return log_snr_max + width * (i.astype(share.dtype) + (t - start) / length)
+        return log_snr_max + width * (i.astype(share.dtype) + (t - start) / (stop - start))
 
     return Schedule(lambda key: jnp.zeros(num_bins), apply)
 

@@ -27,12 +27,12 @@ from jaxtyping import Array, Float
 from vdiff.diffusion.chain import chain
 from vdiff.diffusion.data_likelihoods import DataLikelihood, gaussian
 from vdiff.diffusion.forward import betas_of
-from vdiff.diffusion.model import Diffusion, Rate, at_random_time
+from vdiff.diffusion.model import Diffusion, Rate, at_random_time, terms_from
 from vdiff.diffusion.parts import Parts, make_parts, towards_less_variance
 from vdiff.diffusion.predict import Prediction, noise
 from vdiff.diffusion.schedules import Schedule
 from vdiff.diffusion.variances import posterior_variance
-from vdiff.types import Key, Network, Params, PyTree, Terms, check_key
+from vdiff.types import Key, Network, Params, PyTree, Terms
 
 
 def vdm(
@@ -59,8 +59,8 @@ def vdm(
 
     Returns:
         A `Diffusion`; everything in nats per datum. With `num_steps` lam's gradient is the ELBO's. Without, lam's
-        gradient lowers the variance of the estimate, and there is no path: `log_joint`, `log_q`, `sample_q` and `sample`
-        raise at trace time; sample by `diffusion._replace(sample=ancestral(diffusion, 100))`.
+        gradient lowers the variance of the estimate, and there is no path: `log_joint`, `log_q`, `sample_q` and
+        `sample` raise at trace time; sample by `diffusion._replace(sample=ancestral(diffusion, 100))`.
 
     Raises:
         ValueError: if `num_steps` is less than one; at trace time, if the denoiser's output or a datum has another
@@ -105,19 +105,20 @@ def _continuous(
     def rate_at(key: Key, params: Params, x: PyTree, u: Array) -> Rate:
         lam = stop_gradient(params.lam)
         log_snr, slope = schedule.apply(lam, u), decay(lam, u)
-        value = -0.5 * slope * parts.squared_error(key, params, parts.embed(x), log_snr)
+        squared_error = parts.squared_error(key, params, parts.embed(x), log_snr)
+        value = -0.5 * slope * squared_error
         if jax.tree.leaves(params.lam):
             # The time at which this log-SNR stays when lam moves: dt = (dL / d lam) / -L'.
             held = u + (schedule.apply(params.lam, u) - log_snr) / slope
             value += towards_less_variance(value, -jnp.log(decay(params.lam, held)), math.prod(shape))
-        return Rate(value, log_snr, 1.0 / slope)
+        return Rate(value, log_snr, 1.0 / slope, squared_error)
 
-    def elbo_terms_at(key: Key, params: Params, x: PyTree, u: Array) -> Terms:
-        key_ends, key_rate = jax.random.split(check_key(key))
+    def end_terms(key: Key, params: Params, x: PyTree) -> Terms:
         lam = stop_gradient(params.lam)
         first, last = schedule.apply(lam, jnp.zeros(())), schedule.apply(lam, jnp.ones(()))
-        ends = parts.end_terms(key_ends, params, x, first, last)
-        return {**ends, "diffusion": rate_at(key_rate, params, x, u).value}
+        return parts.end_terms(key, params, x, first, last)
+
+    elbo_terms_at = terms_from(end_terms, rate_at)
 
     return Diffusion(
         init=parts.init,
@@ -129,6 +130,7 @@ def _continuous(
         ),
         elbo_terms=at_random_time(elbo_terms_at),
         elbo_terms_at=elbo_terms_at,
+        end_terms=end_terms,
         rate_at=rate_at,
         denoise=parts.denoise,
         log_snr=lambda params, t: schedule.apply(params.lam, t),

@@ -84,6 +84,41 @@ def per_example(objective: Objective) -> Callable[..., tuple[Terms, PyTree]]:
     return lifted
 
 
+def stratified(
+    objective: Callable[[Key, Params, PyTree, Array], Terms],
+) -> Callable[..., tuple[Terms, PyTree]]:
+    """Lift an objective that samples a time, giving each datum its coordinate of a low-discrepancy lattice.
+
+        u_i = frac(u_0 + i phi),   phi = 2654435769 / 2^32, the golden ratio's fraction
+
+    u_0 is uniform and new at every step, so each u_i is uniform and the estimate as unbiased as with independent draws;
+    but any run of data covers [0, 1) evenly. i is the position in the GLOBAL batch, in whole numbers modulo 2^32: the
+    same on any number of devices, and exact however large i.
+
+    Args:
+        objective: `(key, params, x, u []) -> Terms`, u in [0, 1), e.g. a diffusion's `elbo_terms_at`.
+
+    Returns:
+        What `make_train_step(batching=stratified)` takes.
+
+    Source: Kingma et al., Variational Diffusion Models, 2021, appendix I.1; Roberts, The Unreasonable Effectiveness of
+    Quasirandom Sequences, 2018 (the lattice).
+    """
+
+    def lifted(
+        key: Key, params: Params, batch: PyTree, positions: Int[Array, " B"], aux: PyTree
+    ) -> tuple[dict[str, Float[Array, " B"]], PyTree]:
+        key_data, key_time = jax.random.split(key)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key_data, positions)
+        start = jax.random.bits(key_time, (), jnp.uint32)
+        lattice = start + positions.astype(jnp.uint32) * jnp.uint32(2654435769)
+        # The upper 24 bits are all that float32 holds; so u stays below one.
+        u = (lattice >> 8).astype(jnp.float32) * (1.0 / (1 << 24))
+        return jax.vmap(objective, in_axes=(0, None, 0, 0))(keys, params, batch, u), aux
+
+    return lifted
+
+
 def make_train_step(
     objective: Objective | Scheduled,
     optimizer: optax.GradientTransformation,
@@ -100,7 +135,7 @@ def make_train_step(
     Args:
         objective: `(key, params, x) -> Terms` of one datum, larger is better, or `scheduled(...)`.
         optimizer: an Optax transformation.
-        batching: lifts the objective to a batch.
+        batching: lifts the objective to a batch: `per_example`, or `stratified` for one that takes a time.
         combine: `(mean Terms over the batch) -> []`, what is raised; a nonlinear one gives, e.g., free bits.
         ema_decay: decay of the moving average, in [0, 1).
         axis_name: the mapped axis under `pmap_step`; None under `jit_step`.
