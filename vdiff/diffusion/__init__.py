@@ -2,6 +2,7 @@
 
 from vdiff.diffusion import predict as predict
 from vdiff.diffusion import weights as weights
+from vdiff.diffusion.adaptive import adaptive as adaptive
 from vdiff.diffusion.ancestral import ancestral as ancestral
 from vdiff.diffusion.data_likelihoods import DataLikelihood as DataLikelihood
 from vdiff.diffusion.data_likelihoods import bernoulli as bernoulli
@@ -17,12 +18,22 @@ from vdiff.diffusion.denoised import dynamic_threshold as dynamic_threshold
 from vdiff.diffusion.denoised import with_denoise as with_denoise
 from vdiff.diffusion.denoising_error import denoising_error as denoising_error
 from vdiff.diffusion.denoising_error import interpolated_error as interpolated_error
+from vdiff.diffusion.dequantization import BinNoise as BinNoise
+from vdiff.diffusion.dequantization import dequantized_log_prob as dequantized_log_prob
+from vdiff.diffusion.dequantization import start_scale as start_scale
+from vdiff.diffusion.dequantization import truncated_normal_noise as truncated_normal_noise
+from vdiff.diffusion.dequantization import uniform_noise as uniform_noise
 from vdiff.diffusion.discrete import expected_level as expected_level
+from vdiff.diffusion.divergence import Divergence as Divergence
+from vdiff.diffusion.divergence import exact_divergence as exact_divergence
+from vdiff.diffusion.divergence import hutchinson as hutchinson
 from vdiff.diffusion.dpm_solver import dpm_solver as dpm_solver
 from vdiff.diffusion.dpm_solver import dpm_solver_sde as dpm_solver_sde
 from vdiff.diffusion.elbo_grid import bound_gap as bound_gap
 from vdiff.diffusion.elbo_grid import elbo_optimal as elbo_optimal
 from vdiff.diffusion.elbo_grid import path_loss as path_loss
+from vdiff.diffusion.end_gaps import EndGaps as EndGaps
+from vdiff.diffusion.end_gaps import end_gaps as end_gaps
 from vdiff.diffusion.forward import alpha as alpha
 from vdiff.diffusion.forward import betas_of as betas_of
 from vdiff.diffusion.forward import forward_marginal as forward_marginal
@@ -45,7 +56,16 @@ from vdiff.diffusion.model import at_random_time as at_random_time
 from vdiff.diffusion.path import PathElbo as PathElbo
 from vdiff.diffusion.path import path_elbo as path_elbo
 from vdiff.diffusion.path import rates as rates
+from vdiff.diffusion.probability_flow import flow_decode as flow_decode
+from vdiff.diffusion.probability_flow import flow_encode as flow_encode
+from vdiff.diffusion.probability_flow import ode_elbo_terms as ode_elbo_terms
+from vdiff.diffusion.probability_flow import ode_log_prob as ode_log_prob
 from vdiff.diffusion.reverse import Sampler as Sampler
+from vdiff.diffusion.runge_kutta import Solver as Solver
+from vdiff.diffusion.runge_kutta import Tableau as Tableau
+from vdiff.diffusion.runge_kutta import cooper_verner as cooper_verner
+from vdiff.diffusion.runge_kutta import fixed_grid as fixed_grid
+from vdiff.diffusion.runge_kutta import tableau as tableau
 from vdiff.diffusion.schedules import Schedule as Schedule
 from vdiff.diffusion.schedules import constant_betas as constant_betas
 from vdiff.diffusion.schedules import cosine_betas as cosine_betas
@@ -64,4 +84,6 @@ from vdiff.diffusion.variances import learned_variance as learned_variance
 from vdiff.diffusion.variances import optimal_variance as optimal_variance
 from vdiff.diffusion.variances import posterior_variance as posterior_variance
 from vdiff.diffusion.vdm import vdm as vdm
+from vdiff.diffusion.warp import Warp as Warp
+from vdiff.diffusion.warp import sinh_warp as sinh_warp
 from vdiff.diffusion.weights import weighted_terms as weighted_terms
