@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## Create .venv with everything pinned in constraints.txt.
 
-demo: install ## Train a mixture and a VAE on real digits, print one table, write one page (PRESET=smoke: seconds).
+demo: install ## Train a mixture, a VAE and a diffusion model on real digits: one table, one page (PRESET=smoke: seconds).
 	$(BIN)/python -m experiments.demo $(PRESET)
 
 test: install ## Run all tests.

@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments import gmm, runs, vae
+from experiments import diffusion, gmm, runs, vae
 from vdiff import report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a Gaussian mixture and a VAE on the digits and compare them."""
+    """Train a Gaussian mixture, a VAE and a diffusion model on the digits and compare them."""
 
     run_dir: Path = Path("runs/demo")
     """Where the runs and the page that compares them live."""
@@ -38,18 +38,17 @@ def run(config: Config) -> Path:
     directory = config.run_dir
     with runs.refusing():
         directory.mkdir(parents=True, exist_ok=True)
-    entries = [
-        _entry(
-            directory, "Gaussian mixture", "gmm", gmm, config.preset, "latents.png", "Its component means."
-        ),
-        _entry(
-            directory, "VAE", "vae", vae, config.preset, "samples.png", "What it imagines, from the prior."
-        ),
-    ]
+    families = (
+        ("Gaussian mixture", "gmm", gmm, "log_prob", "latents.png", "Its component means."),
+        ("VAE", "vae", vae, "log_prob", "samples.png", "What it imagines, from the prior."),
+        ("Diffusion", "diffusion", diffusion, "elbo", "samples.png", "What it imagines, from pure noise."),
+    )
+    entries = [_entry(directory, config.preset, *family) for family in families]
     page = report.write_index(
         directory / "index.html",
         title="Handwritten digits, in nats",
-        lead="Two latent-variable models trained by their ELBO on the same images and judged by the same log p(x).",
+        lead="Models with one latent, a vector of them and a whole path, trained by their ELBO on the same images and "
+        "judged in the same nats: by log p(x), or by the ELBO, which lies below it.",
         runs=entries,
     )
     table = Table("model", "bound", "nats per datum", "bits/dim", "seconds")
@@ -69,19 +68,26 @@ def run(config: Config) -> Path:
 
 
 def _entry(
-    directory: Path, label: str, name: str, experiment: ModuleType, preset: str, picture: str, caption: str
+    directory: Path,
+    preset: str,
+    label: str,
+    name: str,
+    experiment: ModuleType,
+    metric: str,
+    picture: str,
+    caption: str,
 ) -> report.RunEntry:
     runs.console.rule(label)
     config = dataclasses.replace(experiment.PRESETS[preset][1], run_dir=directory / name)
     result: dict[str, Any] = experiment.run(config)
-    log_prob = result["metrics"]["log_prob"]
+    nats = result["metrics"][metric]
     bits = result["metrics"].get("bits_per_dim", {}).get("value")
     return report.RunEntry(
         data=config.data,
         model=label,
-        bound=log_prob["bound"],
-        nats=log_prob["value"],
-        std_error=log_prob["std_error"],
+        bound=nats["bound"],
+        nats=nats["value"],
+        std_error=nats["std_error"],
         bits_per_dim=bits,
         seconds=result["seconds"]["training"],
         report=Path(name) / "report.html",

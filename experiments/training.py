@@ -15,15 +15,26 @@ from experiments import runs
 from vdiff.train.hooks import progress_bar, stop_if_diverged, tensorboard, write_metrics
 
 
-def optimizer_of(config: runs.RunConfig) -> optax.GradientTransformation:
+def optimizer_of(config: runs.RunConfig, *, rise_steps: int = 0) -> optax.GradientTransformation:
     """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at a norm that is rarely met.
 
     What an estimator learns is clipped by itself: the gradient of a variance may be large, and would drown the model's.
+
+    Args:
+        config: the settings.
+        rise_steps: steps over which the rate first rises from nothing to its peak, fewer than the run has.
+
+    Returns:
+        The Optax transformation.
     """
-    clipped_adam = optax.chain(
-        optax.clip_by_global_norm(200.0),
-        optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps)),
-    )
+    fall = optax.cosine_decay_schedule(config.learning_rate, config.num_steps - rise_steps)
+    rate = fall
+    if rise_steps:
+        rise = optax.linear_schedule(
+            config.learning_rate / (rise_steps + 1), config.learning_rate, rise_steps
+        )
+        rate = optax.join_schedules([rise, fall], [rise_steps])
+    clipped_adam = optax.chain(optax.clip_by_global_norm(200.0), optax.adam(rate))
     parts = vd.Params(theta="model", phi="model", lam="model", cv="cv")
     return optax.partition({"model": clipped_adam, "cv": clipped_adam}, parts)
 
@@ -35,6 +46,8 @@ def train(
     objective: vd.Objective | vd.Scheduled,
     images: np.ndarray,
     *,
+    optimizer: optax.GradientTransformation | None = None,
+    batching: Callable[..., Callable] = vd.per_example,
     hooks: tuple[vd.Hook, ...] = (),
 ) -> vd.TrainState:
     """Train a model on images, from its last checkpoint if there is one.
@@ -45,6 +58,8 @@ def train(
         model: what is trained; only its `init` is used.
         objective: `(key, params, x) -> Terms`, or a scheduled one.
         images: [N, ...], the training data.
+        optimizer: `optimizer_of(config)` when left out.
+        batching: lifts the objective to a batch; `vd.stratified` for one that takes a time.
         hooks: called before the metrics are written; what they return is written too.
 
     Returns:
@@ -57,9 +72,11 @@ def train(
     """
     checkpoints = directory / "checkpoints"
     with runs.refusing():
-        optimizer = optimizer_of(config)
+        optimizer = optimizer_of(config) if optimizer is None else optimizer
         axis_name = "data" if config.parallel == "pmap" else None
-        raw_step = vd.make_train_step(objective, optimizer, ema_decay=config.ema_decay, axis_name=axis_name)
+        raw_step = vd.make_train_step(
+            objective, optimizer, batching=batching, ema_decay=config.ema_decay, axis_name=axis_name
+        )
         if config.parallel == "pmap":
             step = vd.pmap_step(raw_step, "data")
         else:
@@ -67,9 +84,9 @@ def train(
         batches = vd.data.batches(images, config.batch_size, config.seed)
         state = vd.init_state(jax.random.key(config.seed), model, optimizer)
         at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
-        jax.eval_shape(
-            at_start, state.key, state.params, jax.ShapeDtypeStruct(images.shape[1:], images.dtype)
-        )
+        one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+        position = jax.ShapeDtypeStruct((1,), np.int32)
+        jax.eval_shape(batching(at_start), state.key, state.params, one, position, state.aux)
         if vd.latest_step(checkpoints) is not None:
             state = vd.restore(checkpoints, state)
         elif config.resume == "must":

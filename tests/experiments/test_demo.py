@@ -12,8 +12,9 @@ pytestmark = pytest.mark.slow
 def test_the_demo_writes_one_page_that_links_every_run(tmp_path, capsys):
     page = demo.run(dataclasses.replace(demo.PRESETS["smoke"][1], run_dir=tmp_path / "demo"))
     text = page.read_text()
-    for name in ("gmm", "vae"):
+    for name in ("gmm", "vae", "diffusion"):
         assert f'href="{name}/report.html"' in text
         assert (page.parent / name / "report.html").exists()
     printed = capsys.readouterr().out
-    assert "Gaussian mixture" in printed and "VAE" in printed and "nats per datum" in printed
+    for word in ("Gaussian mixture", "VAE", "Diffusion", "ELBO over the path", "nats per datum"):
+        assert word in printed

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from vdiff.report.ink import INK
 
 _CELL = 200  # pixels an image is magnified to, by a whole factor: 100 on a page, sharp on fine screens
-_GUTTER = 10
+GUTTER = 10
 _NOT_FINITE = (214, 39, 40, 255)
 
 
@@ -36,7 +36,7 @@ def image_grid(images: ArrayLike, path: Path | str, *, columns: int) -> Path:
     from matplotlib.image import imsave
 
     _check_columns(columns)
-    imsave(path, _tile(_check_images("images", images), columns))
+    imsave(path, tile(check_images("images", images), columns))
     return Path(path)
 
 
@@ -60,22 +60,22 @@ def reconstruction_grid(
     from matplotlib.figure import Figure
 
     _check_columns(columns)
-    pairs = _check_images("originals", originals), _check_images("reconstructions", reconstructions)
+    pairs = check_images("originals", originals), check_images("reconstructions", reconstructions)
     if pairs[0].shape != pairs[1].shape:
         got, expected = pairs[1].shape, pairs[0].shape
         raise ValueError(f"reconstructions: got shape {got}, expected {expected} as originals; pair them")
     blocks = [
-        [_tile(images[start : start + columns], columns) for images in pairs]
+        [tile(images[start : start + columns], columns) for images in pairs]
         for start in range(0, len(pairs[0]), columns)
     ]
     height, width = blocks[0][0].shape[:2]
-    pitch = 2 * height + _GUTTER // 2 + _CELL // 6  # from one pair of rows to the next, pixels
+    pitch = 2 * height + GUTTER // 2 + _CELL // 6  # from one pair of rows to the next, pixels
     left, total, dpi = int(2.0 * _CELL), pitch * len(blocks) - _CELL // 6, 100
     fig = Figure(figsize=((left + width) / dpi, total / dpi), dpi=dpi)
     fig.patch.set_alpha(0)
     for i, block in enumerate(blocks):
         for j, (tiles, label) in enumerate(zip(block, ("data", "reconstruction"), strict=True)):
-            bottom = total - i * pitch - (j + 1) * height - j * (_GUTTER // 2)
+            bottom = total - i * pitch - (j + 1) * height - j * (GUTTER // 2)
             fig.figimage(tiles, left, bottom, origin="upper")
             middle = (bottom + height / 2) / total
             at = (left - 20) / (left + width)
@@ -89,7 +89,8 @@ def _check_columns(columns: int) -> None:
         raise ValueError(f"columns: got {columns}, expected at least 1; pass how many images make a row")
 
 
-def _check_images(name: str, images: ArrayLike) -> np.ndarray:
+def check_images(name: str, images: ArrayLike) -> np.ndarray:
+    """Return images as [N, H, W, C], or raise ValueError where the shape or the range is not that of images."""
     images = np.asarray(images, np.float32)
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
@@ -106,7 +107,7 @@ def _check_images(name: str, images: ArrayLike) -> np.ndarray:
     return images
 
 
-def _tile(images: np.ndarray, columns: int) -> np.ndarray:
+def tile(images: np.ndarray, columns: int) -> np.ndarray:
     """Lay [N, H, W, C] out as RGBA bytes, magnified, with transparent gutters between."""
     num, height, width, _ = images.shape
     columns = min(columns, num)
@@ -117,8 +118,8 @@ def _tile(images: np.ndarray, columns: int) -> np.ndarray:
     pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
     height, width = height * zoom, width * zoom
     rows = -(-num // columns)
-    pitch = height + _GUTTER, width + _GUTTER
-    sheet = np.zeros((rows * pitch[0] - _GUTTER, columns * pitch[1] - _GUTTER, 4), np.uint8)
+    pitch = height + GUTTER, width + GUTTER
+    sheet = np.zeros((rows * pitch[0] - GUTTER, columns * pitch[1] - GUTTER, 4), np.uint8)
     for i, image in enumerate(pixels):
         top, left = i // columns * pitch[0], i % columns * pitch[1]
         sheet[top : top + height, left : left + width] = image
