@@ -107,7 +107,7 @@ def ring_flow(z, log_snr_from, log_snr_to, num_steps=4000):
 def slopes(sampler, sizes=(641, 1281), ends=(7.0, -12.0)):
     """By how many powers of two the error at z_1 falls when the steps halve: on the Gaussian, on the ring.
 
-    The start is so noisy that the guess hardly moves there: a multistep method's first step, of order one, costs nothing.
+    The start is so noisy that the guess hardly moves there: a multistep first step, of order one, costs nothing.
     """
     errors = []
     with jax.enable_x64(True):
