@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import log_ndtr
 from jaxtyping import Array
 
-from vdiff.densities import LOG_2_PI, normal_log_prob
+from vdiff.densities import normal_interval_log_prob, normal_log_cdf, normal_log_prob
 from vdiff.diffusion.forward import alpha, sigma
 from vdiff.types import Key, PyTree, check_key
 
@@ -95,8 +94,8 @@ def discretized_gaussian(levels: int) -> DataLikelihood:
     def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
         scale = scale_of(params, log_snr)
         centre, half_width = (embed(x) - x_hat) / scale, half / scale
-        ends = _log_ndtr(jnp.where(x == 0, centre, -centre) + half_width)
-        inside = _log_mass(centre, half_width)
+        ends = normal_log_cdf(jnp.where(x == 0, centre, -centre) + half_width)
+        inside = normal_interval_log_prob(centre, half_width)
         return jnp.sum(jnp.where((x == 0) | (x == levels - 1), ends, inside))
 
     def sample(key: Key, params: PyTree, x_hat: Array, z: Array, log_snr: Array) -> Array:
@@ -156,35 +155,6 @@ def evidence(z: Array, log_snr: Array, num_levels: int) -> tuple[Array, Array]:
     # Squared distances, not their expansion: at a high SNR its terms would cancel.
     distance = (z[..., None] - alpha(log_snr) * values) / sigma(log_snr)
     return -0.5 * jnp.square(distance), values
-
-
-def _log_mass(centre: Array, half_width: Array) -> Array:
-    """Return log( Phi(c + h) - Phi(c - h) ), with slopes that are right in either tail and for a narrow bin."""
-    # A narrow bin has the density at its centre times its width, and a correction: no difference of like numbers.
-    is_narrow = half_width * (1.0 + jnp.abs(centre)) < 0.2
-    c, h = jnp.where(is_narrow, centre, 0.0), jnp.where(is_narrow, half_width, 0.1)
-    curvature = jnp.square(h) * (jnp.square(c) - 1.0) / 6.0
-    curvature += h**4 * (c**4 - 6.0 * jnp.square(c) + 3.0) / 120.0
-    narrow = jnp.log(2.0 * h) - 0.5 * (jnp.square(c) + LOG_2_PI) + jnp.log1p(curvature)
-    # Else Phi(b) (1 - Phi(a) / Phi(b)), on the side where the two differ most in their logarithms.
-    b, a = half_width - jnp.abs(centre), -half_width - jnp.abs(centre)
-    log_ratio = _log_mills(a) - _log_mills(b) - 2.0 * half_width * jnp.abs(centre)
-    wide = _log_ndtr(b) + jnp.log(-jnp.expm1(jnp.minimum(log_ratio, -0.1)))
-    return jnp.where(is_narrow, narrow, wide)
-
-
-def _log_mills(x: Array) -> Array:
-    """Return log Phi(x) + x^2 / 2, which varies slowly on the left, where jax's own log_ndtr has lost its slope."""
-    left = jnp.minimum(x, -8.0)
-    inverse = 1.0 / jnp.square(left)
-    series = inverse * (-1.0 + inverse * (3.0 + inverse * (-15.0 + 105.0 * inverse)))
-    tail = jnp.log1p(series) - jnp.log(-left) - 0.5 * LOG_2_PI
-    right = jnp.maximum(x, -8.0)
-    return jnp.where(x < -8.0, tail, log_ndtr(right) + 0.5 * jnp.square(right))
-
-
-def _log_ndtr(x: Array) -> Array:
-    return _log_mills(x) - 0.5 * jnp.square(x)
 
 
 def embedding(levels: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
