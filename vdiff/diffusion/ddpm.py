@@ -24,7 +24,7 @@ from vdiff.types import Network
 
 def ddpm(
     denoiser: Network,
-    betas: Float[Array, " m"] | Sequence[float],
+    betas: Float[Array, " m"] | np.ndarray | Sequence[float],
     *,
     shape: Sequence[int],
     predict: Prediction = noise,
