@@ -16,9 +16,12 @@ from vdiff.bounds import renyi as renyi
 from vdiff.bounds import tvo as tvo
 from vdiff.diffusion import predict as predict
 from vdiff.diffusion.ancestral import ancestral as ancestral
+from vdiff.diffusion.ddim import ddim as ddim
 from vdiff.diffusion.ddpm import ddpm as ddpm
+from vdiff.diffusion.dpm_solver import dpm_solver as dpm_solver
 from vdiff.diffusion.forward import forward_marginal as forward_marginal
 from vdiff.diffusion.forward import forward_noise as forward_noise
+from vdiff.diffusion.heun import heun as heun
 from vdiff.diffusion.model import Diffusion as Diffusion
 from vdiff.diffusion.schedules import cosine_betas as cosine_betas
 from vdiff.diffusion.schedules import learned_log_snr as learned_log_snr

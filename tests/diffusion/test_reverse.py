@@ -132,6 +132,18 @@ def test_both_far_ends_of_log_snr(name):
     assert np.max(distance) < 6 * exact.RING_STD
 
 
+@pytest.mark.parametrize("name", ["dpm 3", "sde 2", "heun", "ddim half"])
+def test_gradient_is_that_of_differences(name):
+    """Of x by the mixture's spread, through all steps, those without a past among them."""
+    sample = jax.jit(
+        lambda std: SAMPLERS[name][0](model, 7)(jax.random.key(5), exact.params(exact.MODES, std))[0][0]
+    )
+    model = exact.diffusion()
+    slope = jax.jit(jax.grad(sample))(jnp.float32(0.3))
+    difference = (sample(jnp.float32(0.31)) - sample(jnp.float32(0.29))) / 0.02
+    np.testing.assert_allclose(slope, difference, rtol=0.05, atol=0.02)
+
+
 @every
 def test_less_than_one_step_is_refused(name):
     with pytest.raises(ValueError, match="num_steps: got 0, expected at least 1"):
