@@ -23,6 +23,8 @@ from vdiff.diffusion.forward import forward_marginal as forward_marginal
 from vdiff.diffusion.forward import forward_noise as forward_noise
 from vdiff.diffusion.heun import heun as heun
 from vdiff.diffusion.model import Diffusion as Diffusion
+from vdiff.diffusion.path import path_elbo as path_elbo
+from vdiff.diffusion.probability_flow import ode_log_prob as ode_log_prob
 from vdiff.diffusion.schedules import cosine_betas as cosine_betas
 from vdiff.diffusion.schedules import learned_log_snr as learned_log_snr
 from vdiff.diffusion.schedules import linear_betas as linear_betas

@@ -81,6 +81,8 @@ def ddpm(
 def learned_times(num_latents: int) -> Network:
     """Build logits of how often each of the m - 1 steps is drawn, zeros at the start; apply(lam) -> [m - 1].
 
+    Their softmax is mixed with a thousandth of even shares, so that no step is ever lost.
+
     Raises:
         ValueError: if there are fewer than two latents, and so no step.
     """
