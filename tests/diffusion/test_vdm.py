@@ -17,7 +17,7 @@ LOC, SCALE = 0.3, 0.25
 DATA = np.array([[0.5, -1.0], [-0.3, 0.4]], np.float32)
 
 CHAINS = {
-    "bins, m = 2": (diffusion.learned_log_snr(3.0, -3.0, 5), 2, vd.predict.noise),
+    "bins, m = 3": (diffusion.learned_log_snr(3.0, -3.0, 5), 3, vd.predict.noise),
     "bins, m = 5": (diffusion.learned_log_snr(2.0, -3.0, 3), 5, vd.predict.velocity),
     "monotone, m = 4": (diffusion.monotone_log_snr(2.0, -3.0, 4), 4, vd.predict.data),
 }
