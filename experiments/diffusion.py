@@ -35,7 +35,8 @@ class Config(runs.RunConfig):
     log_snr_min: float = -8.0
     """log-SNR at the noise's end (vdm only)."""
     likelihood: Literal["levels", "discretized", "bernoulli"] = "levels"
-    """p(x | z_1): Bayes' rule over the levels, a discretised Gaussian, or levels of a binary draw of the grey level."""
+    """p(x | z_1): Bayes' rule over the levels, a discretised Gaussian, or levels of a binary draw of the grey level.
+    In latents, what the VAE takes a pixel for: categorical, binned logistic, Bernoulli."""
     network: Literal["unet", "dit", "mlp"] = "unet"
     """U-Net, transformer over patches, or perceptron."""
     width: int = 32
@@ -120,7 +121,6 @@ PRESETS = {
             data="mnist",
             log_snr_max=13.3,
             log_snr_min=-8.0,
-            prediction="preconditioned",
             width=16,
             depth=3,
             num_steps=4000,
@@ -408,19 +408,20 @@ def run(config: Config) -> dict:
 
     values = sum(terms.values())  # [N, sweeps]
     nats = evaluate.summarize(values.mean(1))
-    bound = f"ELBO over the path, {config.eval_sweeps} x {num_times(config)} times"
+    judged = f"ELBO over the path, {config.eval_sweeps} x {num_times(config)} times"
     metrics = {
-        "elbo": runs.metric(nats, bound),
+        "elbo": runs.metric(nats, judged),
         "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-        **{name: runs.metric(evaluate.summarize(term.mean(1)), "") for name, term in terms.items()},
+        **{name: runs.metric(evaluate.summarize(term.mean(1)), "term") for name, term in terms.items()},
     }
     if config.eval_sweeps > 1:
         noise = np.sqrt(np.mean(values.var(1, ddof=1)) / values.size)
-        metrics["elbo_noise"] = {"value": float(noise), "unit": "nats: part of the ELBO's +- from its draws"}
+        bound = "standard error of the mean that is due to the draws of time and noise"
+        metrics["elbo_noise"] = {"value": float(noise), "unit": "nats", "bound": bound}
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, key_show, result)
     console.print(
-        f"ELBO {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images ({bound})"
+        f"ELBO {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images ({judged})"
     )
     console.print(f"report   {page}")
     return result
@@ -443,7 +444,8 @@ def show(
     metrics = result["metrics"]
     rows = [_with_elbo(row) for row in report.load_metrics(directory / "metrics.jsonl")]
     # A term of next to nothing has a panel of its own noise.
-    names = [name for name in metrics if name in rows[-1] and abs(metrics[name]["value"]) > 0.05]
+    parts = set(metrics) - {"elbo"}
+    names = [name for name in rows[-1] if name in parts and abs(metrics[name]["value"]) > 0.05]
     names = [] if len(names) < 2 else names
     report.training_curves(rows, directory / "curves.png", terms=names)
 
@@ -483,7 +485,9 @@ def show(
     ]
     for name, metric in metrics.items():
         if name.removeprefix("prior_") in terms or name == "entropy":
-            tiles.append(report.Tile(name.replace("_", " "), metric["value"], metric["std_error"], "nats"))
+            is_nothing = abs(metric["value"]) < 0.005
+            value, error = ("0.00", None) if is_nothing else (metric["value"], metric["std_error"])
+            tiles.append(report.Tile(name.replace("_", " "), value, error, "nats"))
     return report.write_page(
         directory,
         title=f"Diffusion model on {problem.dataset.name}" + (", in a VAE's latents" if of_latents else ""),
@@ -509,7 +513,7 @@ def _show_samples(
     key: Key,
     *,
     num: int = 100,
-    rows: int = 4,
+    rows: int = 3,
     columns: int = 10,
 ) -> None:
     denoising, vae = problem.diffusion, problem.vae

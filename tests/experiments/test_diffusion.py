@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def config_of(directory, **changes):
     settings = {"network": "mlp", "width": 32, "depth": 2, "prediction": "data", "num_steps": 40}
     settings |= {"eval_times": 4, "eval_images": 30, "sample_steps": 5, "learning_rate": 3e-3}
-    settings |= {"run_dir": directory, "log_every": 20, "checkpoint_every": 20, "ema_decay": 0.9}
+    settings |= {"run_dir": directory, "log_every": 2, "checkpoint_every": 20, "ema_decay": 0.9}
     return diffusion.Config(**(settings | changes))
 
 
@@ -53,15 +53,10 @@ def test_every_setting_trains_and_is_judged_over_the_path(changes, tmp_path):
     assert metrics["bits_per_dim"]["value"] == pytest.approx(vd.bits_per_dim(elbo, 64))
     assert ("elbo_noise" in metrics) == (config.eval_sweeps > 1)
 
-    # Trained, it judges the training set better than it began.
-    problem = diffusion.build(config)
-    start = vd.init_state(jax.random.key(config.seed), problem.model, training.optimizer_of(config)).params
-    evaluator = diffusion.sweeps_of(problem, diffusion.num_times(config), 1)
-    images = training.transformed(problem.transform, jax.random.key(6), problem.dataset.train[:100])
-    before = np.mean(sum(vd.evaluate.evaluate(evaluator, jax.random.key(5), start, images).values()))
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [20, 40]
-    assert rows[-1]["test_elbo"] > before
+    assert [row["step"] for row in rows] == list(range(2, 41, 2))
+    early, late = (row["test_elbo"] for row in rows if "test_elbo" in row)
+    assert late > early
 
     names = ["samples.png", "denoising.png", "rates.png", "curves.png"]
     names += [] if config.num_latents else ["schedules.png"]
