@@ -16,6 +16,8 @@ from vdiff.bounds import renyi as renyi
 from vdiff.bounds import tvo as tvo
 from vdiff.diffusion import predict as predict
 from vdiff.diffusion.ancestral import ancestral as ancestral
+from vdiff.diffusion.betas import cosine_betas as cosine_betas
+from vdiff.diffusion.betas import linear_betas as linear_betas
 from vdiff.diffusion.ddim import ddim as ddim
 from vdiff.diffusion.ddpm import ddpm as ddpm
 from vdiff.diffusion.dpm_solver import dpm_solver as dpm_solver
@@ -25,9 +27,7 @@ from vdiff.diffusion.heun import heun as heun
 from vdiff.diffusion.model import Diffusion as Diffusion
 from vdiff.diffusion.path import path_elbo as path_elbo
 from vdiff.diffusion.probability_flow import ode_log_prob as ode_log_prob
-from vdiff.diffusion.schedules import cosine_betas as cosine_betas
 from vdiff.diffusion.schedules import learned_log_snr as learned_log_snr
-from vdiff.diffusion.schedules import linear_betas as linear_betas
 from vdiff.diffusion.vdm import vdm as vdm
 from vdiff.estimators.control_variates import rebar as rebar
 from vdiff.estimators.control_variates import rebar_init as rebar_init

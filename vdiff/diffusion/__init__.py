@@ -4,6 +4,10 @@ from vdiff.diffusion import predict as predict
 from vdiff.diffusion import weights as weights
 from vdiff.diffusion.adaptive import adaptive as adaptive
 from vdiff.diffusion.ancestral import ancestral as ancestral
+from vdiff.diffusion.betas import constant_betas as constant_betas
+from vdiff.diffusion.betas import cosine_betas as cosine_betas
+from vdiff.diffusion.betas import linear_betas as linear_betas
+from vdiff.diffusion.betas import log_snrs_of as log_snrs_of
 from vdiff.diffusion.data_likelihoods import DataLikelihood as DataLikelihood
 from vdiff.diffusion.data_likelihoods import bernoulli as bernoulli
 from vdiff.diffusion.data_likelihoods import discretized_gaussian as discretized_gaussian
@@ -67,14 +71,10 @@ from vdiff.diffusion.runge_kutta import cooper_verner as cooper_verner
 from vdiff.diffusion.runge_kutta import fixed_grid as fixed_grid
 from vdiff.diffusion.runge_kutta import tableau as tableau
 from vdiff.diffusion.schedules import Schedule as Schedule
-from vdiff.diffusion.schedules import constant_betas as constant_betas
-from vdiff.diffusion.schedules import cosine_betas as cosine_betas
 from vdiff.diffusion.schedules import cosine_log_snr as cosine_log_snr
 from vdiff.diffusion.schedules import edm as edm
 from vdiff.diffusion.schedules import learned_log_snr as learned_log_snr
-from vdiff.diffusion.schedules import linear_betas as linear_betas
 from vdiff.diffusion.schedules import linear_log_snr as linear_log_snr
-from vdiff.diffusion.schedules import log_snrs_of as log_snrs_of
 from vdiff.diffusion.schedules import monotone_log_snr as monotone_log_snr
 from vdiff.diffusion.schedules import rectified_flow as rectified_flow
 from vdiff.diffusion.schedules import variance_exploding as variance_exploding
