@@ -23,7 +23,7 @@ class Estimator(NamedTuple):
 
     Attributes:
         objective: `(key, params, x) -> Terms`.
-        aim: `(params, x) -> Params`, the exact gradient by theta, phi and lam.
+        aim: `(params, x) -> Params`, the exact gradient by theta, phi and lam, or a mean of many more draws.
         init_cv: `(key) -> cv`, for one that learns; trained before it is measured.
     """
 
@@ -44,6 +44,22 @@ class Case(NamedTuple):
 def gradient_of(objective: vd.Objective) -> Callable[[Params, PyTree], Params]:
     """Differentiate an objective that needs no key."""
     return jax.jit(lambda params, x: jax.grad(vd.total(objective), argnums=1)(jax.random.key(0), params, x))
+
+
+def mean_of(objective: vd.Objective, num_draws: int = 200_000) -> Callable[[Params, PyTree], Params]:
+    """Average an unbiased gradient over many draws, where no exact one is known."""
+
+    @jax.jit
+    def aim(params: Params, x: PyTree) -> Params:
+        gradient = jax.vmap(jax.grad(vd.total(objective), argnums=1), in_axes=(0, None, None))
+        keys = jax.random.split(jax.random.key(0x61696D), (num_draws // 1000, 1000))
+
+        def of_chunk(keys: Key) -> Params:
+            return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), gradient(keys, params, x))
+
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(of_chunk, keys))
+
+    return aim
 
 
 def gaussian(key: Key) -> Case:
@@ -86,6 +102,14 @@ def gaussian(key: Key) -> Case:
         "sticking the landing": Estimator(vd.doubly_reparameterized(model, vd.elbo, k), aim),
         "score, leave-one-out (RLOO)": Estimator(vd.score_function(model, vd.elbo, k), aim),
         "score, no baseline": Estimator(vd.score_function(model, vd.elbo, k, baseline=vd.no_baseline), aim),
+    }
+    pathwise, doubly = (of(model, vd.iwae, k) for of in (vd.pathwise, vd.doubly_reparameterized))
+    # No closed form: the least noisy one's mean, so that the other two show what it would be wrong by.
+    aim_iwae = mean_of(doubly)
+    estimators |= {
+        "pathwise, IWAE": Estimator(pathwise, aim_iwae),
+        "doubly reparametrized, IWAE (DReG)": Estimator(doubly, aim_iwae),
+        "score, IWAE (VIMCO)": Estimator(vd.score_function(model, vd.iwae, k), aim_iwae),
     }
     return Case(model, _data(model, key), elbo, estimators)
 

@@ -1,5 +1,7 @@
 """Every density against scipy and numpyro in float64, in the tails and in the limits."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,3 +202,30 @@ def test_densities_keep_float32():
         densities.discretized_logistic_log_prob(jnp.zeros(2, jnp.uint8), x, x, 5),
     ):
         assert value.dtype == jnp.float32 and value.shape == (2,)
+
+
+@pytest.mark.parametrize("x", [-300.0, -30.0, -8.1, -7.9, -1.0, 0.0, 2.0, 9.0])
+def test_normal_log_cdf_and_its_slope(x):
+    """Against scipy in float64; the slope is the inverse Mills ratio."""
+    value, slope = jax.value_and_grad(densities.normal_log_cdf)(jnp.float32(x))
+    exact = scipy.stats.norm.logcdf(x)
+    assert float(value) == pytest.approx(exact, rel=2e-6)
+    assert float(slope) == pytest.approx(math.exp(scipy.stats.norm.logpdf(x) - exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("half_width", [1e-4, 0.01, 0.3, 3.0])
+@pytest.mark.parametrize("centre", [0.0, -0.7, 5.0, -40.0])
+def test_normal_interval_log_prob(centre, half_width):
+    """Against quadrature about the nearer edge in float64, and its slopes against the densities at the edges."""
+    value, slopes = jax.value_and_grad(densities.normal_interval_log_prob, argnums=(0, 1))(
+        jnp.float32(centre), jnp.float32(half_width)
+    )
+    nearest = max(abs(centre) - half_width, 0.0)
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    points = centre + half_width * nodes
+    exact = math.log(half_width * np.sum(weights * np.exp(-0.5 * (points**2 - nearest**2))))
+    exact -= 0.5 * nearest**2 + 0.5 * math.log(2 * math.pi)
+    assert float(value) == pytest.approx(exact, rel=1e-5, abs=1e-6)
+    upper, lower = (math.exp(scipy.stats.norm.logpdf(centre + s * half_width) - exact) for s in (1, -1))
+    assert float(slopes[0]) == pytest.approx(upper - lower, rel=1e-3, abs=1e-4)
+    assert float(slopes[1]) == pytest.approx(upper + lower, rel=1e-3)

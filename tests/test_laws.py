@@ -307,7 +307,9 @@ FAMILY = {
 
 
 def names(function):
-    return list(inspect.signature(function).parameters)
+    """Names of a function's parameters, but for what it only passes on."""
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
 
 
 @pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE, *MIXED])

@@ -32,6 +32,7 @@ MODELS = {"models", "baselines", "diffusion"}
 ONLY_IN = {
     "flax": ("vdiff/nets/",),
     "equinox": ("vdiff/nets/",),
+    "diffrax": ("vdiff/diffusion/adaptive.py",),
     "optax": ("vdiff/train/", "experiments/"),
     "orbax": ("vdiff/train/checkpoint.py",),
     "tyro": ("experiments/",),

@@ -657,6 +657,7 @@ def toy(name):
         "linear": linear_gaussian,
         "linear2": functools.partial(linear_gaussian, 2),
         "shared": shared_weights,
+        "shared of 2": lambda: shared_weights()._replace(data=shared_weights().data[:2]),
         "bernoulli": bernoulli_latent,
         "categorical": categorical_latent,
         "mixed c, u": functools.partial(mixed_latents, True),

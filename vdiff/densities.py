@@ -9,6 +9,7 @@ before it must.
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
@@ -25,6 +26,47 @@ def normal_log_prob(
 def standard_normal_log_prob(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
     """Evaluate log N(x; 0, 1), elementwise, nats."""
     return norm.logpdf(x)
+
+
+def normal_log_cdf(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+    """Evaluate log P(N(0, 1) <= x), elementwise, nats; value and slope right in either tail."""
+    return _log_mills(x) - 0.5 * jnp.square(x)
+
+
+def normal_interval_log_prob(
+    centre: Float[Array, "*n"], half_width: Float[Array, "*#n"]
+) -> Float[Array, "*n"]:
+    """Evaluate the mass of N(0, 1) on an interval, elementwise, nats.
+
+        log( Phi(c + h) - Phi(c - h) )
+
+    with slopes that are right in either tail and for a narrow interval, where that is a difference of like numbers.
+
+    Args:
+        centre: c.
+        half_width: h, positive; broadcast against c.
+    """
+    # A narrow one has the density at its centre times its width, and a correction.
+    is_narrow = half_width * (1.0 + jnp.abs(centre)) < 0.2
+    c, h = jnp.where(is_narrow, centre, 0.0), jnp.where(is_narrow, half_width, 0.1)
+    curvature = jnp.square(h) * (jnp.square(c) - 1.0) / 6.0
+    curvature += h**4 * (c**4 - 6.0 * jnp.square(c) + 3.0) / 120.0
+    narrow = jnp.log(2.0 * h) - 0.5 * (jnp.square(c) + LOG_2_PI) + jnp.log1p(curvature)
+    # Else Phi(b) (1 - Phi(a) / Phi(b)), on the side where the two differ most in their logarithms.
+    b, a = half_width - jnp.abs(centre), -half_width - jnp.abs(centre)
+    log_ratio = _log_mills(a) - _log_mills(b) - 2.0 * half_width * jnp.abs(centre)
+    wide = normal_log_cdf(b) + jnp.log(-jnp.expm1(jnp.minimum(log_ratio, -0.1)))
+    return jnp.where(is_narrow, narrow, wide)
+
+
+def _log_mills(x: Array) -> Array:
+    """Return log Phi(x) + x^2 / 2, which varies slowly on the left, where jax's own log_ndtr has lost its slope."""
+    left = jnp.minimum(x, -8.0)
+    inverse = 1.0 / jnp.square(left)
+    series = inverse * (-1.0 + inverse * (3.0 + inverse * (-15.0 + 105.0 * inverse)))
+    tail = jnp.log1p(series) - jnp.log(-left) - 0.5 * LOG_2_PI
+    right = jnp.maximum(x, -8.0)
+    return jnp.where(x < -8.0, tail, log_ndtr(right) + 0.5 * jnp.square(right))
 
 
 def normal_entropy(log_scale: Float[Array, "*n"]) -> Float[Array, "*n"]:

@@ -40,7 +40,7 @@ def test_scales_are_elementwise():
 
 
 def test_path_has_the_mean_and_covariance_of_the_chain():
-    """E z_i = sqrt(abar_i) x,  Cov(z_i, z_j) = sqrt(abar_j / abar_i) (1 - abar_i) for i <= j, dimensions independent."""
+    """E z_i = sqrt(abar_i) x,  Cov(z_i, z_j) = sqrt(abar_j / abar_i) (1 - abar_i) for i <= j, each dimension apart."""
     keys = jax.random.split(jax.random.key(0), DRAWS)
     path = jax.jit(jax.vmap(diffusion.forward_noise, in_axes=(0, None, None)))(
         keys, jnp.asarray(X), jnp.asarray(BETAS)

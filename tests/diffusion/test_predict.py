@@ -102,7 +102,7 @@ def test_any_output_and_its_slopes(name, log_snr):
         zero = np.zeros(5)
         exact = (
             whole(np.ones(5), log_snr, zero) / 5 * np.ones(5),
-            cases.slope(lambda at: whole(np.float64(z), at, np.float64(out)), log_snr, 1e-3),
+            cases.slope(lambda at, w=whole: w(np.float64(z), at, np.float64(out)), log_snr, 1e-3),
             whole(zero, log_snr, np.ones(5)) / 5 * np.ones(5),
         )
         size = max(1e-30, abs(exact[1]), 1e-3 * scale)

@@ -17,7 +17,7 @@ LOC, SCALE = 0.3, 0.25
 DATA = np.array([[0.5, -1.0], [-0.3, 0.4]], np.float32)
 
 CHAINS = {
-    "bins, m = 2": (diffusion.learned_log_snr(3.0, -3.0, 5), 2, vd.predict.noise),
+    "bins, m = 3": (diffusion.learned_log_snr(3.0, -3.0, 5), 3, vd.predict.noise),
     "bins, m = 5": (diffusion.learned_log_snr(2.0, -3.0, 3), 5, vd.predict.velocity),
     "monotone, m = 4": (diffusion.monotone_log_snr(2.0, -3.0, 4), 4, vd.predict.data),
 }
@@ -42,16 +42,18 @@ def test_a_chain_under_a_learned_schedule_has_the_elbos_gradient(name):
     params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(5), leaf.shape), params)
     path_value, path = toys.gradient_draws({"": vd.pathwise(made)}, params, DATA, 200_000, seed + 1)[""]
     terms_value, terms = toys.gradient_draws({"": made.elbo_terms}, params, DATA, 200_000, seed + 2)[""]
-    pairs = [(path_value[:, None].astype(float), terms_value[:, None].astype(float))]
-    pairs += [(toys.flat(getattr(path, part)), toys.flat(getattr(terms, part))) for part in ("theta", "lam")]
-    for one, other in pairs:
+    pairs = [(path_value[:, None].astype(float), terms_value[:, None].astype(float), 0.004)]
+    # By lam the path's gradient is mostly noise: what shows there is a bias of 20 %.
+    for part, precision in (("theta", 0.01), ("lam", 0.04)):
+        pairs.append((toys.flat(getattr(path, part)), toys.flat(getattr(terms, part)), precision))
+    for one, other, precision in pairs:
         difference = one.mean(0) - other.mean(0)
         std_error = np.sqrt((one.var(0) + other.var(0)) / len(one))
         norm = np.linalg.norm(other.mean(0))
         assert np.max(np.abs(difference) / np.maximum(std_error, 1e-6 * norm)) < 5
         direction = other.mean(0) / norm
         along = np.sqrt(((one @ direction).var() + (other @ direction).var()) / len(one))
-        assert along < 0.01 * norm
+        assert along < precision * norm
         assert abs(difference @ direction) < 5 * along
 
 
@@ -165,7 +167,7 @@ def test_fixed_schedules_are_further_from_it():
         mean, std = spread(made, made.init(jax.random.key(0)), lattice=True)
         assert abs(mean - EXACT) < 5 * std / math.sqrt(2000)
         ratios[name] = std / floor
-    assert 10 < ratios["cosine"] < 40 and 1.1 < ratios["linear"] < 1.3, ratios
+    assert 10 < ratios["cosine"] < 40 and 1.15 < ratios["linear"] < 1.5, ratios
 
 
 @pytest.mark.parametrize("name", ["bins", "monotone"])
@@ -190,7 +192,8 @@ def test_the_schedules_gradient_is_that_of_the_variance(name):
         """Int squared_rate / p dlog_snr, p a histogram. (Inside an integral over u, the moving edges would be lost.)"""
         log_snr = 4.0 - 8.0 * (jnp.arange(200_000, dtype=jnp.float64) + 0.5) / 200_000
         per_bin = jnp.mean(squared_rate(log_snr).reshape(5, -1), axis=1) * (8.0 / 5)
-        return -jnp.sum(per_bin / (jax.nn.softmax(lam) / (8.0 / 5)))
+        share = 0.999 * jax.nn.softmax(lam) + 0.001 / 5
+        return -jnp.sum(per_bin / (share / (8.0 / 5)))
 
     def minus_second_moment(lam):
         """Int over u of squared_rate / p^2, p = 1 / |L'|, all of it smooth."""

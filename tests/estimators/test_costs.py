@@ -60,6 +60,7 @@ class Case(NamedTuple):
     model: str
     build: Callable  # (model) -> objective
     encoded: int = 1
+    encoder_back: int = 1  # from the encoder's output to its hidden layer, in the gradient
     decoded: int = K
     back: int = 0  # from the decoder's hidden layer to its input, in the gradient
     back_in_value: int = 0  # the same where the value alone is asked for
@@ -68,7 +69,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "pathwise": Case("vae", lambda m: vd.pathwise(m, vd.iwae, K), back=K),
+    # By z and by log q, which the compiler cannot add up before it goes back.
+    "pathwise": Case("vae", lambda m: vd.pathwise(m, vd.iwae, K), back=K, encoder_back=2),
     # Written twice, for the compiler to merge.
     "doubly_reparameterized": Case(
         "vae", lambda m: vd.doubly_reparameterized(m, vd.iwae, K), back=K, traces=2
@@ -79,13 +81,13 @@ CASES = {
         lambda m: vd.score_function(m, vd.iwae, K, baseline=vd.learned_baseline(FREE)),
         cv=jnp.float32(0.3),
     ),
-    "likelihood_gradient": Case("bits", lambda m: vd.likelihood_gradient(m, K)),
+    "likelihood_gradient": Case("bits", lambda m: vd.likelihood_gradient(m, K), encoder_back=0),
     "wake_phase": Case("bits", lambda m: vd.wake_sleep(m, K)),
     # And one of each for the dream.
     "sleep_phase": Case(
         "bits", lambda m: vd.wake_sleep(m, K, phase=vd.sleep_phase), encoded=2, decoded=K + 1
     ),
-    "mixed": Case("mixture", lambda m: vd.mixed(m, log_q_of_component, vd.iwae, K), back=K),
+    "mixed": Case("mixture", lambda m: vd.mixed(m, log_q_of_component, vd.iwae, K), back=K, encoder_back=2),
     "straight_through": Case("bits", lambda m: vd.straight_through(m, m.logits, 1.0, vd.iwae, K), back=K),
     "relaxed": Case(
         "bits", lambda m: vd.relaxed(m, m.logits, 0.5, vd.iwae, K), decoded=2 * K, back=K, traces=2
@@ -180,6 +182,7 @@ def test_passes_through_the_networks(name, asked):
     assert rows(products, NUM_PIXELS, WIDTH_Q) == rows(products, WIDTH_Q, num_outputs) == case.encoded
     assert rows(products, LATENT_DIM, WIDTH_P) == rows(products, WIDTH_P, NUM_PIXELS) == case.decoded
     assert rows(products, WIDTH_P, LATENT_DIM) == (case.back if asked == "gradient" else case.back_in_value)
+    assert rows(products, num_outputs, WIDTH_Q) == (case.encoder_back if asked == "gradient" else 0)
     assert rows(products, WIDTH_Q, NUM_PIXELS) == 0, "no derivative by x was asked for"
 
 

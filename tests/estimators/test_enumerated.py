@@ -178,3 +178,13 @@ def test_a_sum_that_would_not_end_is_refused():
         ValueError, match=r"num_samples: got 50 draws of 8 values, 264,385,836 terms.*score_function"
     ):
         vd.enumerated(three_values(), jnp.arange(8), vd.iwae, 50)
+
+
+@pytest.mark.parametrize(("name", "advice"), [("linear", "pathwise"), ("mixed c, u", "mixed")])
+def test_a_continuous_latent_is_told_where_to_go(name, advice):
+    toy = toys.toy(name)
+    z = jax.eval_shape(toy.model.sample_q, jax.random.key(0), toy.params, jnp.asarray(toy.data[0]))
+    support = jax.tree.map(lambda leaf: jnp.zeros((3, *leaf.shape), leaf.dtype), z)
+    objective = vd.enumerated(toy.model, support)
+    with pytest.raises(TypeError, match=rf"z: got a continuous leaf, .* for enumerated, .*{advice}\(model"):
+        jax.eval_shape(objective, jax.random.key(0), toy.params, jnp.asarray(toy.data[0]))

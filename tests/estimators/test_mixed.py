@@ -38,6 +38,33 @@ def test_gradients_are_unbiased(name, num_samples, alphas):
 
 
 @every_order
+def test_weights_shared_between_p_and_q(name):
+    """Q's slope is p's w, q's shift of u is p's m: theta's gradient goes through p, the path and the score."""
+    toy = toys.toy(name)
+
+    def own(params):
+        return params._replace(lam=params.lam | {"slope": params.theta["w"], "of_c": params.theta["m"]})
+
+    model = toy.model._replace(
+        log_q=lambda params, x, z: toy.model.log_q(own(params), x, z),
+        sample_q=lambda key, params, x: toy.model.sample_q(key, own(params), x),
+    )
+    lam = {leaf: toy.params.lam[leaf] for leaf in ("weight", "of_u", "log_scale")}
+    shared = toys.Toy(
+        *(model, toy.params._replace(lam=lam), toy.data, None, 1),
+        support=lambda params, x, eps, log_mass: toy.support(own(params), x, eps, log_mass),
+        logits=lambda params, x, z: toy.logits(own(params), x, z),
+    )
+    objectives = {a: vd.mixed(model, shared.logits, toys.BOUNDS[a], 2) for a in (1.0, 0.0)}
+    exact = toys.exact_expectations(shared, 2, (1.0, 0.0))
+    runs = toys.gradient_draws(objectives, shared.params, shared.data, 120_000)
+    for alpha, (values, draws) in runs.items():
+        value, gradient = exact[alpha]
+        assert toys.z_scores(values[:, None], value) < 5.0, alpha
+        toys.check_unbiased(draws, gradient)
+
+
+@every_order
 def test_the_reference_has_converged(name):
     for alpha, (_, coarse) in toys.exact_expectations(toys.toy(name), 2, num_nodes=16).items():
         one, other = (toys.flat_single(g) for g in (coarse, toys.exact(name, 2)[alpha][1]))

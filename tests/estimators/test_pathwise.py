@@ -39,7 +39,7 @@ def test_the_reference_is_the_closed_form():
     assert best == pytest.approx(float(jnp.mean(log_prob)), rel=1e-6)
 
 
-@pytest.mark.parametrize(("name", "num_samples", "num_nodes"), [("linear", 8, 10), ("shared", 3, 7)])
+@pytest.mark.parametrize(("name", "num_samples", "num_nodes"), [("linear", 8, 10), ("shared of 2", 3, 7)])
 def test_the_reference_has_converged(name, num_samples, num_nodes):
     for alpha, (_, coarse) in toys.exact_expectations(
         toys.toy(name), num_samples, num_nodes=num_nodes
@@ -103,12 +103,12 @@ def test_elbo_gradients_against_the_closed_form(estimator):
 
 @every_estimator
 def test_weights_shared_between_p_and_q(estimator):
-    """Theta in p and in q, two layers of latents: stopping only lam would bias theta."""
-    toy = toys.toy("shared")
+    """Theta in p and in q, two layers of latents, batch of 2: stopping only lam would bias theta."""
+    toy = toys.toy("shared of 2")
     objectives = {alpha: estimator(toy.model, bound, 3) for alpha, bound in BOUNDS.items()}
     runs = toys.gradient_draws(objectives, toy.params, toy.data, 60_000)
     for alpha, (values, draws) in runs.items():
-        value, gradient = toys.exact("shared", 3)[alpha]
+        value, gradient = toys.exact("shared of 2", 3)[alpha]
         assert toys.z_scores(values[:, None], value) < 5.0, alpha
         toys.check_unbiased(draws, gradient)
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,22 @@ TABLE = {
     (vd.straight_through, 1.0): 0.118,
 }
 """What the docstrings say, of the two-bit toy "bernoulli" at K = 1."""
+
+OF_THE_GUIDE = TABLE | {(vd.relaxed, 2.0): 0.960, (vd.straight_through, 2.0): 0.349}
+"""The guide, docs/estimators.md, goes on to temperature 2."""
+
+
+def test_the_guide_s_table_of_biases():
+    toy = toys.toy("bernoulli")
+    exact = toys.flat_single(toys.exact("bernoulli", 1)[1.0][1].lam)
+    rows = (Path(__file__).parents[2] / "docs/estimators.md").read_text().splitlines()
+    temperatures = (0.1, 0.5, 1.0, 2.0)
+    for of in (vd.relaxed, vd.straight_through):
+        means = expected_gradient(toy, of, temperatures)
+        bias = np.linalg.norm(means - exact, axis=1) / np.linalg.norm(exact)
+        np.testing.assert_allclose(bias, [OF_THE_GUIDE[of, t] for t in temperatures], atol=6e-4)
+        cells = " | ".join(f"{100 * OF_THE_GUIDE[of, t]:.1f} %" for t in temperatures)
+        assert f"| `{of.__name__}`, lambda | {cells} |" in rows
 
 
 def test_the_bias_of_lambda():

@@ -54,11 +54,12 @@ def test_gradients_are_unbiased(name, num_samples, alphas):
 
 
 def test_weights_shared_between_p_and_q():
-    toy = toys.toy("shared")
+    """Batch of 2, so that it is not K."""
+    toy = toys.toy("shared of 2")
     objectives = {alpha: vd.score_function(toy.model, bound, 3) for alpha, bound in BOUNDS.items()}
-    runs = toys.gradient_draws(objectives, toy.params, toy.data, 120_000)
+    runs = toys.gradient_draws(objectives, toy.params, toy.data, 320_000)
     for alpha, (values, draws) in runs.items():
-        value, gradient = toys.exact("shared", 3)[alpha]
+        value, gradient = toys.exact("shared of 2", 3)[alpha]
         assert toys.z_scores(values[:, None], value) < 5.0, alpha
         toys.check_unbiased(draws, gradient)
 
@@ -323,3 +324,21 @@ def test_a_baseline_must_be_a_number():
     objective = vd.score_function(toy.model, baseline=vd.learned_baseline(network))
     with pytest.raises(ValueError, match=r"network: got an output of shape \(2,\), expected \(\)"):
         jax.eval_shape(objective, jax.random.key(0), toy.params, jnp.asarray(toy.data[0]))
+
+
+def test_a_baseline_that_was_not_started_is_told_how_to():
+    toy = toys.toy("bernoulli")
+    x, key = jnp.asarray(toy.data[0]), jax.random.key(0)
+
+    def run(baseline, cv):
+        objective = vd.score_function(toy.model, vd.elbo, 2, baseline=baseline)
+        return jax.eval_shape(objective, key, toy.params._replace(cv=cv), x)
+
+    for cv, got in (((), "nothing"), (jnp.zeros(2), r".*\(2,\)"), ({"b": jnp.zeros(())}, r".*{'b': \(\)}")):
+        message = f"params.cv: got {got}, expected one number for running_mean; .*with_cv.*leave_one_out"
+        with pytest.raises(TypeError, match=message):
+            run(vd.running_mean, cv)
+    message = r"params.cv: got \(\), .* for learned_baseline; .*with_cv\(model, network.init\).*leave_one_out"
+    with pytest.raises(TypeError, match=message):
+        run(vd.learned_baseline(linear_baseline()), ())
+    run(vd.learned_baseline(vd.Network(lambda key: (), lambda cv, x: jnp.sum(x))), ())

@@ -88,6 +88,21 @@ def test_theta_has_the_gradient_of_iwae(num_samples, phase):
     toys.check_unbiased(draws, gradient, ("theta", "phi"))
 
 
+@pytest.mark.parametrize("name", ["bernoulli", "linear2", "shared"])
+def test_the_value_is_iwae_of_the_draws(name):
+    """To 1e-6 of the log-weights of the same draws; of both phases, and of likelihood_gradient."""
+    toy, num_samples = toys.toy(name), 5
+    objectives = {phase: vd.wake_sleep(toy.model, num_samples, phase=PHASES[phase]) for phase in PHASES}
+    objectives["ratio"] = vd.likelihood_gradient(toy.model, num_samples)
+    keys = jax.random.split(jax.random.key(0), len(toy.data))
+    runs = toys.single_draws(objectives, keys, toy.params, toy.data)
+    for i, key in enumerate(keys):
+        for name, (terms, _) in runs.items():
+            of_z = key if name == "ratio" else jax.random.split(key)[0]
+            log_weights = toys.log_weights(toy.model, of_z, toy.params, jnp.asarray(toy.data[i]), num_samples)
+            assert float(terms["iwae"][i]) == pytest.approx(toys.numpy_bound(0.0, log_weights), rel=1e-6)
+
+
 def check_lam(draws, exact):
     draws = draws._replace(theta=(), phi=())
     toys.check_unbiased(draws, vd.Params(lam=exact), ("lam",))

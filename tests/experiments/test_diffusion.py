@@ -137,7 +137,7 @@ def test_the_terms_of_a_random_time_and_of_the_path_agree(tmp_path):
         problem = diffusion.build(config := config_of(tmp_path, **changes))
         params = problem.model.init(jax.random.key(0))
         x = jnp.asarray(problem.dataset.train[0])
-        u = (jnp.arange(400, dtype=jnp.float32) + 0.5) / 400
+        u = (jnp.arange(400.0) + 0.5) / 400
         keys = jax.random.split(jax.random.key(1), 400)
         raised = jax.vmap(diffusion.objective_of(config, problem), in_axes=(0, None, None, 0))(
             keys, params, x, u

@@ -13,6 +13,14 @@ from experiments import cases, estimators
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture
+def quick_compilation():
+    """A dozen programs of few draws: most of the time goes into compiling them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     directory = tmp_path_factory.mktemp("estimators")
@@ -30,7 +38,8 @@ def test_it_writes_a_page_with_every_figure(smoke):
     assert set(result["metrics"]) == {"log_prob, vimco", "log_prob, wake_sleep"}
     rows = json.loads((directory / "gradients.json").read_text())["rows"]
     assert {row["estimator"] for row in rows} == {
-        *("pathwise", "sticking the landing", "score, leave-one-out (RLOO)", "score, no baseline")
+        *("pathwise", "sticking the landing", "score, leave-one-out (RLOO)", "score, no baseline"),
+        *("pathwise, IWAE", "doubly reparametrized, IWAE (DReG)", "score, IWAE (VIMCO)"),
     }
 
 
@@ -44,6 +53,30 @@ def test_unbiased_ones_are_within_their_noise_and_the_order_of_variances_is_the_
     assert near["sticking the landing"] < near["pathwise"] < near["score, no baseline"]
     far = {name: by["far", name]["lam"]["std"] for _, name in by}
     assert far["pathwise"] < far["score, leave-one-out (RLOO)"] < far["score, no baseline"]
+
+
+def test_signal_to_noise_has_the_published_slopes(quick_compilation):
+    """Rainforth et al. (2018) and Tucker et al. (2019), between 4 and 64 draws, to .1 of the exponent."""
+    config = estimators.dataclasses.replace(estimators.PRESETS["smoke"][1], num_draws=1000, max_samples=64)
+    of_lam, of_theta = (panel.lines for panel in estimators.snr_panels(config))
+    for lines, of_doubly, of_others in ((of_lam, 0.5, -0.5), (of_theta, 0.5, 0.5)):
+        assert len(lines) == 3
+        for name, (draws, ratios) in lines.items():
+            k, snr = (np.log(np.array(row)[-3:]) for row in (draws, ratios))
+            assert draws[-3:] == [4, 16, 64]
+            slope = np.polyfit(k, snr, 1)[0]
+            assert slope == pytest.approx(of_doubly if "DReG" in name else of_others, abs=0.1), name
+
+
+def test_a_temperature_trades_bias_for_noise(quick_compilation):
+    """Relaxed: less bias and more noise at each lower temperature; straight-through keeps its bias, half and more."""
+    config = estimators.dataclasses.replace(estimators.PRESETS["smoke"][1], num_draws=400)
+    bias, noise = (panel.lines for panel in estimators.temperature_panels(config))
+    for name in ("relaxed", "straight-through"):
+        assert list(noise[name][1]) == sorted(noise[name][1], reverse=True)
+    falling = bias["relaxed"][1][1:]
+    assert falling == sorted(falling) and falling[0] < 0.06 and falling[-1] > 0.3
+    assert min(bias["straight-through"][1]) > 0.5
 
 
 def test_the_gaussian_s_elbo_is_the_mean_of_its_estimate():

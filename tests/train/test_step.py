@@ -271,3 +271,102 @@ def test_a_weakly_typed_start_compiles_the_step_once():
     for _ in range(3):
         state, _ = step(state, jnp.ones(4))
     assert len(traces) == 1
+
+
+# Low-discrepancy times.
+
+PHI = 2654435769  # of 2^32: the golden ratio's fraction
+
+
+def times(seed, positions, objective=None):
+    """The u that `stratified` gives to each position."""
+    objective = objective or (lambda key, params, x, u: {"u": u})
+    positions = jnp.asarray(positions, jnp.int32)
+    terms, aux = vd.stratified(objective)(
+        jax.random.key(seed), vd.Params(), jnp.zeros(positions.shape), positions, ()
+    )
+    assert aux == ()
+    return terms["u"]
+
+
+def test_times_are_a_lattice_in_whole_numbers():
+    """u_i = frac(u_0 + i phi / 2^32) in Python's integers, however large i; exact to float32's last bit below one."""
+    positions = [0, 1, 2, 3, 127, 128, 9_999_999, 2**31 - 1]
+    for seed in range(5):
+        u = np.asarray(times(seed, positions), np.float64)
+        _, key_time = jax.random.split(jax.random.key(seed))
+        start = int(jax.random.bits(key_time, (), jnp.uint32))
+        exact = [((start + i * PHI) % 2**32) / 2**32 for i in positions]
+        assert np.all(u >= 0) and np.all(u < 1)
+        assert np.all((exact - u >= 0) & (exact - u < 2.0**-24))
+        # Told without knowing where u_0 comes from: the differences are the lattice's.
+        apart = (u - u[0]) % 1.0
+        expected = np.array([(i * PHI % 2**32) / 2**32 for i in positions])
+        off = np.abs(apart - expected)
+        assert np.max(np.minimum(off, 1 - off)) < 2.0**-23
+
+
+def test_each_time_is_uniform_over_the_steps():
+    """Each position over 50,000 steps: moments one to four, and each of 20 bins; u_0 is new at each step."""
+    num = 50_000
+    draw = lambda key: vd.stratified(lambda key, params, x, u: {"u": u})(  # noqa: E731
+        key, vd.Params(), jnp.zeros(4), jnp.arange(4), ()
+    )[0]["u"]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(num))
+    u = np.asarray(jax.jit(jax.vmap(draw))(keys), np.float64)
+    for column in u.T:
+        for power in range(1, 5):
+            spread = np.sqrt((1 / (2 * power + 1) - 1 / (power + 1) ** 2) / num)
+            assert abs(np.mean(column**power) - 1 / (power + 1)) < 5 * spread, power
+        counts = np.histogram(column, bins=20, range=(0, 1))[0]
+        assert np.max(np.abs(counts / num - 0.05)) < 5 * np.sqrt(0.05 * 0.95 / num)
+    # Steps are independent of each other.
+    assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 5 / np.sqrt(num)
+
+
+def star_discrepancy(u):
+    u, n = np.sort(u), len(u)
+    return max(np.max(np.arange(1, n + 1) / n - u), np.max(u - np.arange(n) / n))
+
+
+def test_any_run_of_data_covers_time_evenly():
+    """128 positions from anywhere: the star discrepancy is below 2.5 / 128; that of independent draws is .07 or so."""
+    independent = np.random.default_rng(0).uniform(size=(200, 128))
+    assert np.min([star_discrepancy(u) for u in independent]) > 2.5 / 128
+    for seed, first in enumerate((0, 1, 128, 5_000, 12_345_678)):
+        u = np.asarray(times(seed, np.arange(first, first + 128)), np.float64)
+        assert star_discrepancy(u) < 2.5 / 128, first
+
+
+def test_a_stratified_datum_has_a_key_of_its_own_apart_from_times():
+    """Keys differ between positions, are those of the position alone, and are none of u_0's."""
+    noise = lambda key, params, x, u: {"u": jax.random.normal(key)}  # noqa: E731
+    one, other = (np.asarray(times(seed, np.arange(6), noise)) for seed in (0, 1))
+    assert len(set(one.tolist())) == 6 and np.all(one != other)
+    np.testing.assert_array_equal(np.asarray(times(0, [4, 2], noise)), one[[4, 2]])
+    key_data, _ = jax.random.split(jax.random.key(0))
+    expected = [float(jax.random.normal(jax.random.fold_in(key_data, i))) for i in range(6)]
+    np.testing.assert_array_equal(one, np.float32(expected))
+
+
+def test_stratified_gets_params_data_and_positions_of_the_global_batch():
+    """As halves with their own positions, or as a whole: the same times. And a train step hands everything on."""
+    whole = np.asarray(times(7, np.arange(8)))
+    halves = [np.asarray(times(7, np.arange(k, k + 4))) for k in (0, 4)]
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+    def objective(key, params, x, u):
+        return {"fit": params.theta[x] * u}
+
+    optimizer = optax.sgd(8.0)
+    state = start(np.zeros(8), optimizer)._replace(step=jnp.int32(5))
+    step = vd.make_train_step(objective, optimizer, batching=vd.stratified)
+    after, _ = step(state, jnp.arange(8))
+    key_step = jax.random.fold_in(state.key, 5)
+    lifted = vd.stratified(lambda key, params, x, u: {"u": u})
+    u = lifted(key_step, vd.Params(), jnp.zeros(8), jnp.arange(8), ())[0]["u"]
+    np.testing.assert_allclose(after.params.theta, u, rtol=1e-6)
+    # Under a mapped axis: one device of eight data is eight of one.
+    mapped = vd.make_train_step(objective, optimizer, batching=vd.stratified, axis_name="data")
+    split = jax.vmap(mapped, in_axes=(None, 0), axis_name="data")(state, jnp.arange(8).reshape(4, 2))
+    np.testing.assert_allclose(split[0].params.theta[0], u, rtol=1e-6)

@@ -79,12 +79,14 @@ def chain(
         return log_prior + jnp.sum(log_steps) + parts.log_reconstruction(params, x, z[0], times[0])
 
     def step_kl(params: Params, squared_error: Array, log_snr_s: Array, log_snr_t: Array) -> Array:
-        kept = -jnp.expm1(log_snr_t - log_snr_s)
-        eta = parts.reverse_variance(params, log_snr_s, log_snr_t)
-        ratio = jnp.exp(log_sigmoid(-log_snr_s)) * kept / eta
-        of_means = jnp.exp(log_sigmoid(log_snr_s) - log_sigmoid(log_snr_t) + log_sigmoid(-log_snr_t))
-        of_spreads = num_dims * (ratio - 1.0 - jnp.log(ratio))
-        return 0.5 * (of_spreads + of_means * jnp.square(kept) / eta * squared_error)
+        log_kept = jnp.log(-jnp.expm1(log_snr_t - log_snr_s))
+        log_eta = jnp.log(parts.reverse_variance(params, log_snr_s, log_snr_t))
+        log_ratio = log_sigmoid(-log_snr_s) + log_kept - log_eta
+        # v/eta - 1 - log(v/eta): a ratio near one would leave rounding alone, its logarithm leaves nothing.
+        of_spreads = num_dims * (jnp.expm1(log_ratio) - log_ratio)
+        alphas = log_sigmoid(log_snr_s) - log_sigmoid(log_snr_t)
+        of_means = jnp.exp(alphas + log_sigmoid(-log_snr_t) + 2.0 * log_kept - log_eta)
+        return 0.5 * (of_spreads + of_means * squared_error)
 
     def rate_at(key: Key, params: Params, x: PyTree, u: Array) -> Rate:
         times = log_snrs(params.lam)
@@ -96,7 +98,7 @@ def chain(
         squared_error = parts.squared_error(key, params, parts.embed(x), log_snr_t)
         value = -step_kl(params, squared_error, log_snr_s, log_snr_t) / probability
         if logits is not None:
-            value += towards_less_variance(value, jax.nn.log_softmax(logits)[i], num_dims)
+            value += towards_less_variance(value, jnp.log(_shares(logits))[i], num_dims)
         density = stop_gradient(probability / (log_snr_s - log_snr_t))
         return Rate(value, log_snr_t, density, squared_error)
 
@@ -126,12 +128,17 @@ def chain(
     return diffusion._replace(sample=ancestral(diffusion, num_latents, grid=own_grid))
 
 
+def _shares(logits: Array) -> Array:
+    """Return how often each step is drawn; each keeps a thousandth of an even share, or it might never be."""
+    return 0.999 * jax.nn.softmax(logits) + 0.001 / logits.shape[0]
+
+
 def _step_at(u: Array, num_steps: int, logits: Array | None) -> tuple[Array, Array]:
     """Turn u in [0, 1) into the step it stands for and that step's probability, both without a gradient."""
     if logits is None:
         i = jnp.minimum((u * num_steps).astype(jnp.int32), num_steps - 1)
         return i, jnp.asarray(1.0 / num_steps)
-    ends = jnp.cumsum(jax.nn.softmax(stop_gradient(logits))).at[-1].set(1.0)
+    ends = jnp.cumsum(stop_gradient(_shares(logits))).at[-1].set(1.0)
     i = jnp.minimum(jnp.searchsorted(ends, u, side="right"), num_steps - 1)
     # The share that u really has, roundings of the sum included: so the estimate stays unbiased.
     return i, ends[i] - jnp.where(i == 0, 0.0, ends[i - 1])

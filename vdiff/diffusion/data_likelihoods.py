@@ -18,10 +18,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import log_ndtr
 from jaxtyping import Array
 
-from vdiff.densities import normal_log_prob
+from vdiff.densities import normal_interval_log_prob, normal_log_cdf, normal_log_prob
 from vdiff.diffusion.forward import alpha, sigma
 from vdiff.types import Key, PyTree, check_key
 
@@ -93,14 +92,10 @@ def discretized_gaussian(levels: int) -> DataLikelihood:
         return jnp.exp(params - 0.5 * log_snr)
 
     def log_prob(params: PyTree, x: Array, x_hat: Array, z: Array, log_snr: Array) -> Array:
-        centred, scale = embed(x) - x_hat, scale_of(params, log_snr)
-        upper, lower = (centred + half) / scale, (centred - half) / scale
-        # Phi(b) - Phi(a) = Phi(-a) - Phi(-b): taken in the tail where the two differ most in their logarithms.
-        left = jnp.where(centred > 0, -upper, lower)
-        right = jnp.where(centred > 0, -lower, upper)
-        log_right = log_ndtr(right)
-        inside = log_right + jnp.log(-jnp.expm1(jnp.minimum(log_ndtr(left) - log_right, -1e-7)))
-        ends = jnp.where(x == 0, log_ndtr(upper), log_ndtr(-lower))
+        scale = scale_of(params, log_snr)
+        centre, half_width = (embed(x) - x_hat) / scale, half / scale
+        ends = normal_log_cdf(jnp.where(x == 0, centre, -centre) + half_width)
+        inside = normal_interval_log_prob(centre, half_width)
         return jnp.sum(jnp.where((x == 0) | (x == levels - 1), ends, inside))
 
     def sample(key: Key, params: PyTree, x_hat: Array, z: Array, log_snr: Array) -> Array:

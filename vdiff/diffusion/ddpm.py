@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from vdiff.diffusion.betas import log_snrs_of
 from vdiff.diffusion.chain import chain
 from vdiff.diffusion.data_likelihoods import DataLikelihood, gaussian
 from vdiff.diffusion.model import Diffusion
 from vdiff.diffusion.parts import make_parts
 from vdiff.diffusion.predict import Prediction, noise
-from vdiff.diffusion.schedules import log_snrs_of
 from vdiff.diffusion.variances import beta_variance
 from vdiff.types import Network
 
@@ -80,6 +80,8 @@ def ddpm(
 
 def learned_times(num_latents: int) -> Network:
     """Build logits of how often each of the m - 1 steps is drawn, zeros at the start; apply(lam) -> [m - 1].
+
+    Their softmax is mixed with a thousandth of even shares, so that no step is ever lost.
 
     Raises:
         ValueError: if there are fewer than two latents, and so no step.

@@ -81,7 +81,7 @@ def inpaint(
     def step(
         key: Key, params: Params, z: Array, memory: PyTree, log_snr_s: Array, log_snr_t: Array
     ) -> tuple[Array, PyTree]:
-        def again(i: Array, z: Array) -> Array:
+        def again(i: Array | int, z: Array) -> Array:
             key_back, key_forth = jax.random.split(jax.random.fold_in(key, i))
             return forth(key_forth, back(key_back, params, z, log_snr_s, log_snr_t), log_snr_s, log_snr_t)
 

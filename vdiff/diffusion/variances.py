@@ -64,7 +64,9 @@ def learned_variance(log_snr_max: float = 13.3, log_snr_min: float = -5.0, num_k
 
     def apply(phi: Array, log_snr_s: Array, log_snr_t: Array) -> Array:
         v = jax.nn.sigmoid(jnp.interp(log_snr_t, knots, phi))
-        return jnp.exp(v * _log_beta(log_snr_s, log_snr_t) + (1.0 - v) * _log_posterior(log_snr_s, log_snr_t))
+        # log beta - log posterior without what they share.
+        between = log_sigmoid(-log_snr_t) - log_sigmoid(-log_snr_s)
+        return jnp.exp(_log_posterior(log_snr_s, log_snr_t) + v * between)
 
     return Network(lambda key: jnp.zeros(num_knots), apply)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, log_joints, log_qs
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete
 
 MAX_TERMS = 1_000_000
 """The longest sum that is built."""
@@ -40,6 +40,7 @@ def enumerated(model: ModelLike, support: PyTree, bound: Bound = elbo, num_sampl
     Raises:
         ValueError: if the leaves of `support` are missing or differ in their number of values, or the sum would have
             more than a million terms.
+        TypeError: at trace time, if z has a continuous leaf.
     """
     check_num_samples(num_samples)
     sizes = sorted({jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(support)})
@@ -56,6 +57,7 @@ def enumerated(model: ModelLike, support: PyTree, bound: Bound = elbo, num_sampl
     index, log_count = _multisets(sizes[0], num_samples)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
+        _check_discrete(jax.eval_shape(model.sample_q, jax.random.key(0), params, x))
         log_q = log_qs(model, params, x, support, sizes[0])
         log_weights = log_joints(model, params, x, support, sizes[0]) - log_q
         is_possible = log_q > -jnp.inf
@@ -66,6 +68,15 @@ def enumerated(model: ModelLike, support: PyTree, bound: Bound = elbo, num_sampl
         return {bound.__name__: jnp.sum(mass * jax.vmap(bound)(kept))}
 
     return objective
+
+
+def _check_discrete(z: PyTree) -> None:
+    """Refuse a sum over some of infinitely many values."""
+    if not all(is_discrete(leaf) for leaf in jax.tree.leaves(z)):
+        raise TypeError(
+            "z: got a continuous leaf, expected discrete ones only for enumerated, which visits every value; use "
+            "pathwise(model, bound, num_samples), or mixed(model, log_q_discrete, bound, num_samples) where z has both"
+        )
 
 
 def _multisets(num_values: int, num_draws: int) -> tuple[np.ndarray, Array]:

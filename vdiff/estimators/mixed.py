@@ -31,7 +31,8 @@ def mixed(
     """Estimate a bound with scores for the discrete latents and paths for the continuous ones.
 
     Value: bound(l). Gradient: unbiased for theta, phi and lambda, where `sample_q` is differentiable in its continuous
-    leaves given its discrete ones, and `log_q_discrete` sums the conditionals of the discrete ones alone.
+    leaves given its discrete ones, and `log_q_discrete` sums the conditionals of the discrete ones alone. One forward
+    pass through the encoder and two back, as `pathwise`.
 
     Args:
         model: a `Model` whose z has discrete and continuous leaves.

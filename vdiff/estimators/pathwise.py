@@ -27,7 +27,9 @@ from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_dis
 def pathwise(model: ModelLike, bound: Bound = elbo, num_samples: int = 1) -> Objective:
     """Estimate a bound from K reparametrized draws and differentiate it through them.
 
-    Value: bound(l), l_k = log p(x, z_k) - log q(z_k | x). Gradient: unbiased for theta, phi and lambda.
+    Value: bound(l), l_k = log p(x, z_k) - log q(z_k | x). Gradient: unbiased for theta, phi and lambda. One forward
+    pass through the encoder and K through the decoder; back through the encoder it goes twice, by z and by log q
+    (`doubly_reparameterized` once).
 
     Args:
         model: a `Model` whose `sample_q` is differentiable.

@@ -49,8 +49,17 @@ def running_mean(cv: PyTree, x: PyTree, bound: Bound, log_weights: Float[Array, 
     Its gradient is bound - cv, so that `optax.sgd(1 - decay)` on that part is the running mean
     cv <- decay cv + (1 - decay) bound.
 
+    Raises:
+        TypeError: at trace time, if `params.cv` is not one number.
+
     Source: Williams, Simple Statistical Gradient-Following Algorithms, 1992.
     """
+    if not jax.tree_util.all_leaves([cv]) or jnp.shape(cv) != ():
+        got = f"leaves of shapes {jax.tree.map(jnp.shape, cv)}" if jax.tree.leaves(cv) else "nothing"
+        raise TypeError(
+            f"params.cv: got {got}, expected one number for running_mean; start it by "
+            "with_cv(model, lambda key: jnp.zeros(())), or pass baseline=leave_one_out, which learns nothing"
+        )
     return jnp.broadcast_to(cv, log_weights.shape)
 
 
@@ -63,10 +72,19 @@ def learned_baseline(network: Network) -> Baseline:
     Returns:
         A baseline for `score_function`; start its parameters by `with_cv(model, network.init)`.
 
+    Raises:
+        TypeError: at trace time, if `params.cv` is empty and the network has parameters.
+        ValueError: at trace time, if the network's output is not a scalar.
+
     Source: Mnih and Gregor, Neural Variational Inference and Learning in Belief Networks, 2014, 3.1.
     """
 
     def baseline(cv: PyTree, x: PyTree, bound: Bound, log_weights: Float[Array, " K"]) -> Float[Array, " K"]:
+        if not jax.tree.leaves(cv) and jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0))):
+            raise TypeError(
+                f"params.cv: got {cv}, expected the network's parameters for learned_baseline; start them by "
+                "with_cv(model, network.init), or pass baseline=leave_one_out, which learns nothing"
+            )
         prediction = network.apply(cv, x)
         if jnp.shape(prediction) != ():
             raise ValueError(
