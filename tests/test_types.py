@@ -1,5 +1,6 @@
 """The contract: records, keys, and the ELBO estimate of a model that has only five functions."""
 
+import functools
 import inspect
 
 import jax
@@ -207,3 +208,121 @@ def test_every_family_has_the_same_elbo_estimate():
     for family in (vd.VAE, vd.GMM):
         assert family._fields[:6] == vd.Model._fields
         assert inspect.unwrap(family.elbo_estimate) is inspect.unwrap(vd.Model.elbo_estimate)
+
+
+# A q whose two functions share what they compute.
+
+
+def models_of_pairs():
+    """Return every way that the library makes a fused q, with a datum."""
+    pixels, real = jnp.array([0, 1, 1], jnp.int32), jnp.array([0.3, -0.2, 0.5])
+    likelihood = vd.likelihoods.gaussian(1.0)
+
+    def net(size_in, size_out):
+        return vd.nets.mlp((size_in,), (size_out,), hidden=(4,))
+
+    vae = vd.vae(net(3, 4), net(2, 3), latent_dim=2, likelihood=likelihood)
+    with_prior = vd.vae(net(3, 4), net(2, 3), latent_dim=2, likelihood=likelihood, prior=vd.gmm(2, 2))
+    one_layer = vd.sbn([net(3, 2)], [net(2, 3)], num_units=2, likelihood=likelihood)
+    relaxed = vd.concrete(
+        one_layer, one_layer.logits, 0.5, prior_logits=one_layer.prior_logits, sample_x=one_layer.sample_x
+    )
+    bent = vd.flow(vd.amortized(net(3, 5), vd.families.full_rank(2)), [net(2, 4)] * 2)
+    return {
+        "vae": (vae, real),
+        "with_prior": (with_prior, real),
+        "gmm": (vd.gmm(3, 3, encoder=net(3, 3)), real),
+        "sbn": (
+            vd.sbn([net(3, 2), net(2, 2)], [net(2, 3), net(2, 2)], num_units=2, likelihood=likelihood),
+            real,
+        ),
+        "concrete": (relaxed, real),
+        "dequantized": (vd.dequantized(with_prior, 2), pixels),
+        "conditional": (vd.conditional(lambda y: vae, jnp.int32(0)), (real, jnp.int32(1))),
+        "with_q": (vd.with_q(vae, bent), real),
+    }
+
+
+FUSED = models_of_pairs()
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_draw_is_the_two_apart(name):
+    """In value, and in the gradient by every parameter, through the draw too."""
+    model, x = FUSED[name]
+    params, keys = model.init(jax.random.key(0)), jax.random.split(jax.random.key(1), 20)
+
+    def fused(params, key):
+        return vd.q_at(model, params, x).sample_and_log_prob(key)
+
+    def apart(params, key):
+        z = model.sample_q(key, params, x)
+        return z, model.log_q(params, x, z)
+
+    def scalar(of, params, key):
+        z, log_q = of(params, key)
+        return log_q + sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(z) if not is_discrete(leaf))
+
+    (z, _), (z_apart, _) = (jax.vmap(of, (None, 0))(params, keys) for of in (fused, apart))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), z, z_apart)
+    results = [
+        toys.quick_jit(jax.vmap(jax.value_and_grad(functools.partial(scalar, of)), (None, 0)))(params, keys)
+        for of in (fused, apart)
+    ]
+    one, other = jax.tree.map(np.asarray, results)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), one, other)
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(one[1].lam)), "the gradient is of something"
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_q_is_made_once(name):
+    """And an exchanged `sample_q` or `log_q` is heeded: neither is passed over for what it replaced."""
+    model, x = FUSED[name]
+    params, key = model.init(jax.random.key(0)), jax.random.key(1)
+    q = vd.q_at(model, params, x)
+    drawn = q.sample(key)
+    jax.tree.map(np.testing.assert_array_equal, drawn, model.sample_q(key, params, x))
+
+    doubled = model._replace(log_q=lambda params, x, z: 2.0 * model.log_q(params, x, z))
+    log_q = model.log_q(params, x, drawn)
+    for got, factor in ((vd.q_at(doubled, params, x), 2.0), (q, 1.0)):
+        np.testing.assert_allclose(got.log_prob(drawn), factor * log_q, rtol=1e-6)
+        np.testing.assert_allclose(got.sample_and_log_prob(key)[1], factor * log_q, rtol=1e-5)
+
+    other = jax.random.key(2)
+    still = model._replace(sample_q=lambda key, params, x: model.sample_q(other, params, x))
+    for got in (vd.q_at(still, params, x).sample(key), vd.q_at(still, params, x).sample_and_log_prob(key)[0]):
+        jax.tree.map(np.testing.assert_array_equal, got, model.sample_q(other, params, x))
+
+
+def test_functions_of_two_different_qs_are_not_taken_for_one():
+    one, other = FUSED["vae"][0], FUSED["with_q"][0]
+    params, x = one.init(jax.random.key(0)), FUSED["vae"][1]
+    mixed = one._replace(log_q=other.log_q)
+    z = jnp.zeros(2)
+    params = params._replace(lam=other.init(jax.random.key(0)).lam)
+    np.testing.assert_allclose(vd.q_at(mixed, params, x).log_prob(z), other.log_q(params, x, z), rtol=1e-6)
+
+
+def test_what_is_computed_from_x_is_computed_once():
+    """K draws and their densities are one call of q, whatever is asked of it."""
+    calls = []
+
+    def q(params, x):
+        calls.append(x)
+        loc = params.lam * x
+        return vd.in_turn(lambda key: loc + jax.random.normal(key), lambda z: -0.5 * jnp.square(z - loc))
+
+    sample_q, log_q = vd.fused(q)
+    model = vd.Model(
+        lambda key: vd.Params(lam=0.5), lambda params, x, z: -x * z, log_q, sample_q, lambda key, params: ()
+    )
+    params, x, key = model.init(jax.random.key(0)), jnp.float32(2.0), jax.random.key(0)
+    for objective in (vd.pathwise(model, vd.iwae, 5), vd.score_function(model, vd.iwae, 5)):
+        calls.clear()
+        objective(key, params, x)
+        assert len(calls) == 1
+    calls.clear()
+    vd.importance_log_prob(model, 10, chunk_size=5)(key, params, x)
+    model.elbo_estimate(key, params, x)
+    assert len(calls) == 2

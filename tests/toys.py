@@ -21,6 +21,7 @@ from jax.scipy.special import logsumexp
 import vdiff as vd
 from vdiff import Model, Params
 from vdiff.estimators.log_weights import draw
+from vdiff.types import q_at
 
 CHUNK = 20_000
 LOG_2_PI = math.log(2 * math.pi)
@@ -589,7 +590,7 @@ def gradient_draws(objectives, params, data, num_draws, seed=0):
 @functools.partial(quick_jit, static_argnums=(0, 4))
 def log_weights(model, key, params, x, num_samples):
     """Evaluate log p(x, z_k) - log q(z_k | x) at the K draws that an estimator makes with this key."""
-    z = draw(model, key, params, x, num_samples)
+    z = draw(q_at(model, params, x), key, num_samples)
     over_draws = {"in_axes": (None, None, 0), "axis_size": num_samples}
     return jax.vmap(model.log_joint, **over_draws)(params, x, z) - jax.vmap(model.log_q, **over_draws)(
         params, x, z

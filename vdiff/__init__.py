@@ -103,6 +103,7 @@ from vdiff.train.step import init_state as init_state
 from vdiff.train.step import make_train_step as make_train_step
 from vdiff.train.step import per_example as per_example
 from vdiff.train.step import stratified as stratified
+from vdiff.types import Distribution as Distribution
 from vdiff.types import Likelihood as Likelihood
 from vdiff.types import LogProb as LogProb
 from vdiff.types import Model as Model
@@ -111,5 +112,8 @@ from vdiff.types import Network as Network
 from vdiff.types import Objective as Objective
 from vdiff.types import Params as Params
 from vdiff.types import Terms as Terms
+from vdiff.types import fused as fused
+from vdiff.types import in_turn as in_turn
+from vdiff.types import q_at as q_at
 
 __version__ = "0.1.0"

@@ -10,6 +10,7 @@ Section 12.2.3 of the lecture writes "- H(q)" with H = int q log q. With the usu
 entropy that is "+ H(q)"; the ELBO above is what the code computes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -80,6 +81,20 @@ class Likelihood(NamedTuple):
     out_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
+class Distribution(NamedTuple):
+    """Hold a distribution of z whose parameters are computed already, such as q(z | x) at one x.
+
+    Attributes:
+        sample: `(key) -> z`.
+        log_prob: `(z) -> []`, nats.
+        sample_and_log_prob: `(key) -> (z, [])`, what the two give apart, in one pass; see `in_turn`.
+    """
+
+    sample: Callable[[Key], PyTree]
+    log_prob: Callable[[PyTree], Array]
+    sample_and_log_prob: Callable[[Key], tuple[PyTree, Array]]
+
+
 class LogProb(NamedTuple):
     """Hold an estimate of log p(x) in nats and how far to trust it.
 
@@ -145,11 +160,12 @@ class Model(NamedTuple):
         """
         if self.elbo_terms is not None:
             return sum(self.elbo_terms(check_key(key), params, x).values())
-        z = self.sample_q(check_key(key), params, x)
+        q = q_at(self, params, x)
+        z, log_q = q.sample_and_log_prob(check_key(key))
         if not is_discrete(z):
-            return self.log_joint(params, x, z) - self.log_q(params, x, z)
+            return self.log_joint(params, x, z) - log_q
         z = stop_gradient(z)
-        log_q = self.log_q(params, x, z)
+        log_q = q.log_prob(z)
         log_weight = self.log_joint(params, x, z) - log_q
         return log_weight + gradient_only(stop_gradient(log_weight) * log_q)
 
@@ -180,6 +196,67 @@ class ModelLike(Protocol):
     def elbo_terms(self) -> Objective | None: ...  # noqa: D102
 
     def elbo_estimate(self, key: Key, params: Params, x: PyTree) -> Float[Array, ""]: ...  # noqa: D102
+
+
+def in_turn(sample: Callable[[Key], PyTree], log_prob: Callable[[PyTree], Array]) -> Distribution:
+    """Build a `Distribution` that draws z first and then looks at its density."""
+
+    def sample_and_log_prob(key: Key) -> tuple[PyTree, Array]:
+        z = sample(key)
+        return z, log_prob(z)
+
+    return Distribution(sample, log_prob, sample_and_log_prob)
+
+
+def fused(
+    q: Callable[[Params, PyTree], Distribution],
+) -> tuple[Callable[[Key, Params, PyTree], PyTree], Callable[[Params, PyTree, PyTree], Array]]:
+    """Make the `sample_q` and `log_q` of a `Model` from one function, so that they share what it computes from x.
+
+        def q(params, x):
+            loc, scale = encoder(params.lam, x)                   # once, forward and back
+            return in_turn(lambda key: ..., lambda z: ...)
+
+        sample_q, log_q = fused(q)
+
+    Written apart, the two call the encoder twice: the compiler merges the values, not the derivatives. A model in which
+    either of the two was exchanged, by `_replace`, is treated as if they had been written apart.
+
+    Args:
+        q: `(params, x) -> Distribution` of z.
+
+    Returns:
+        `sample_q(key, params, x)` and `log_q(params, x, z)`; `q_at` finds q in them.
+    """
+    return functools.partial(_sample_of, q), functools.partial(_log_prob_of, q)
+
+
+def q_at(model: ModelLike, params: Params, x: PyTree) -> Distribution:
+    """Give a model's q(z | x) at one x; where its functions are `fused`, the encoder runs once for all that is asked.
+
+    Args:
+        model: any `Model`.
+        params: the model's parameters.
+        x: one datum.
+
+    Returns:
+        A `Distribution` of z.
+    """
+    of_sample, of_log_q = (
+        of.args[0] if getattr(of, "func", None) is made_by else None
+        for of, made_by in ((model.sample_q, _sample_of), (model.log_q, _log_prob_of))
+    )
+    if of_sample is not None and of_sample is of_log_q:
+        return of_sample(params, x)
+    return in_turn(lambda key: model.sample_q(key, params, x), lambda z: model.log_q(params, x, z))
+
+
+def _sample_of(q: Callable, key: Key, params: Params, x: PyTree) -> PyTree:
+    return q(params, x).sample(check_key(key))
+
+
+def _log_prob_of(q: Callable, params: Params, x: PyTree, z: PyTree) -> Array:
+    return q(params, x).log_prob(z)
 
 
 def check_key(key: Key) -> Key:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import vdiff as vd
+from tests.nets.oracles import equations
 from vdiff import Network, Params
 
 # No two layers, and no two directions, share a pair of sizes; K differs from all of them.
@@ -54,6 +55,11 @@ def scalar(cv, *inputs):
 FREE = Network(lambda key: jnp.float32(0.3), scalar)
 
 
+def unfused(model):
+    """The same functions, written apart as a user may."""
+    return model._replace(sample_q=lambda *args: model.sample_q(*args))
+
+
 class Case(NamedTuple):
     """An estimator and what it may cost, in rows: vectors that a matrix is applied to."""
 
@@ -69,8 +75,9 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "pathwise": Case("vae", lambda m: vd.pathwise(m, vd.iwae, K), back=K),
     # By z and by log q, which the compiler cannot add up before it goes back.
-    "pathwise": Case("vae", lambda m: vd.pathwise(m, vd.iwae, K), back=K, encoder_back=2),
+    "pathwise_unfused": Case("vae", lambda m: vd.pathwise(unfused(m), vd.iwae, K), back=K, encoder_back=2),
     # Written twice, for the compiler to merge.
     "doubly_reparameterized": Case(
         "vae", lambda m: vd.doubly_reparameterized(m, vd.iwae, K), back=K, traces=2
@@ -87,7 +94,7 @@ CASES = {
     "sleep_phase": Case(
         "bits", lambda m: vd.wake_sleep(m, K, phase=vd.sleep_phase), encoded=2, decoded=K + 1
     ),
-    "mixed": Case("mixture", lambda m: vd.mixed(m, log_q_of_component, vd.iwae, K), back=K, encoder_back=2),
+    "mixed": Case("mixture", lambda m: vd.mixed(m, log_q_of_component, vd.iwae, K), back=K),
     "straight_through": Case("bits", lambda m: vd.straight_through(m, m.logits, 1.0, vd.iwae, K), back=K),
     "relaxed": Case(
         "bits", lambda m: vd.relaxed(m, m.logits, 0.5, vd.iwae, K), decoded=2 * K, back=K, traces=2
@@ -184,6 +191,25 @@ def test_passes_through_the_networks(name, asked):
     assert rows(products, WIDTH_P, LATENT_DIM) == (case.back if asked == "gradient" else case.back_in_value)
     assert rows(products, num_outputs, WIDTH_Q) == (case.encoder_back if asked == "gradient" else 0)
     assert rows(products, WIDTH_Q, NUM_PIXELS) == 0, "no derivative by x was asked for"
+
+
+@pytest.mark.parametrize("name", ["pathwise", "leave_one_out", "mixed"])
+def test_written_once(name):
+    """Each network is one call in the jaxpr, before any compiler merges what is alike."""
+    case = CASES[name]
+    objective = vd.total(case.build(MODELS[case.model]))
+    jaxpr = jax.make_jaxpr(objective)(jax.random.key(0), start(case), jnp.zeros(NUM_PIXELS))
+    shapes = [
+        tuple(eqn.outvars[0].aval.shape)
+        for eqn in equations(jaxpr.jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert shapes.count((WIDTH_Q,)) == 1 and not any(
+        WIDTH_Q in shape for shape in shapes if shape != (WIDTH_Q,)
+    )
+    assert shapes.count((K, WIDTH_P)) == 1 and not any(
+        WIDTH_P in shape for shape in shapes if shape != (K, WIDTH_P)
+    )
 
 
 def test_the_arithmetic_of_control_variates():

@@ -120,7 +120,7 @@ def drawn(name, estimator, params, x):
     if estimator in SOFT:
         relaxation = RELAXATION[name]
         return relaxation.harden(perturb(relaxation, key, toy.logits(params, x), K))
-    return draw(toy.model, key, params, x, K)
+    return draw(vd.q_at(toy.model, params, x), key, K)
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def pieces(name, estimator):
             return log_joints(model, params, x, z, K)
 
         def log_q(params, z=z):
-            return log_qs(model, params, x, z, K)
+            return log_qs(vd.q_at(model, params, x), z, K)
 
         found = {"log_p": log_p(params), "log_q": log_q(params)}
         found |= {"d_p": jax.jacrev(log_p)(params), "d_q": jax.jacrev(log_q)(params)}
@@ -257,7 +257,7 @@ def test_enumerated(name):
         return [jax.value_and_grad(vd.total(o), argnums=1)(KEY, params, x) for o in of]
 
     def pairs(alpha, params, x):
-        log_q = log_qs(toy.model, params, x, support, len(support))
+        log_q = log_qs(vd.q_at(toy.model, params, x), support, len(support))
         log_weights = log_joints(toy.model, params, x, support, len(support)) - log_q
         index = np.array(list(itertools.product(range(len(support)), repeat=2)))
         return jnp.sum(jnp.exp(jnp.sum(log_q[index], axis=-1)) * toys.exact_bound(alpha)(log_weights[index]))

@@ -7,7 +7,7 @@ import pytest
 
 import vdiff as vd
 from tests import toys
-from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
+from vdiff.estimators.log_weights import check_num_samples, draw, draw_with_log_q, log_joints, log_qs
 
 
 @pytest.mark.parametrize("name", ["linear2", "shared", "bernoulli", "numpyro"])
@@ -15,7 +15,8 @@ from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, lo
 def test_draws_have_a_leading_axis(key, name, num_samples):
     toy = toys.toy(name)
     x = jnp.asarray(toy.data[0])
-    z, one = draw(toy.model, key, toy.params, x, num_samples), toy.model.sample_q(key, toy.params, x)
+    z = draw(vd.q_at(toy.model, toy.params, x), key, num_samples)
+    one = toy.model.sample_q(key, toy.params, x)
     assert jax.tree.structure(z) == jax.tree.structure(one)
     for leaf, single in zip(jax.tree.leaves(z), jax.tree.leaves(one), strict=True):
         assert leaf.shape == (num_samples, *single.shape) and leaf.dtype == single.dtype
@@ -25,7 +26,7 @@ def test_draws_are_independent_draws_of_q(key):
     """By q's mean and covariance in closed form, and no correlation between neighbours."""
     toy, num_samples = toys.toy("linear2"), 100_000
     x = jnp.asarray(toy.data[1])
-    z = np.asarray(jax.jit(draw, static_argnums=(0, 4))(toy.model, key, toy.params, x, num_samples), float)
+    z = np.asarray(jax.jit(lambda key: draw(vd.q_at(toy.model, toy.params, x), key, num_samples))(key), float)
     lam = jax.tree.map(lambda leaf: np.asarray(leaf, float), toy.params.lam)
     factor = np.tril(lam["lower"], -1) + np.diag(np.exp(lam["log_diag"]))
     eps = np.linalg.solve(factor, (z - lam["weight"] @ toy.data[1] - lam["bias"]).T).T
@@ -42,7 +43,8 @@ def test_draws_are_independent_draws_of_q(key):
 def test_keys_make_the_draws():
     toy = toys.toy("linear2")
     x = jnp.asarray(toy.data[0])
-    one, again, other = (draw(toy.model, jax.random.key(seed), toy.params, x, 3) for seed in (0, 0, 1))
+    q = vd.q_at(toy.model, toy.params, x)
+    one, again, other = (draw(q, jax.random.key(seed), 3) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.any(np.asarray(one) == np.asarray(other))
 
@@ -51,10 +53,16 @@ def test_keys_make_the_draws():
 def test_log_weights_equal_a_loop(key, name):
     toy = toys.toy(name)
     x = jnp.asarray(toy.data[0])
-    z = draw(toy.model, key, toy.params, x, 4)
-    for batched, single in ((log_joints, toy.model.log_joint), (log_qs, toy.model.log_q)):
+    q = vd.q_at(toy.model, toy.params, x)
+    z, log_q = draw_with_log_q(q, key, 4)
+    jax.tree.map(np.testing.assert_array_equal, z, draw(q, key, 4))
+    for batched, single in (
+        (log_joints(toy.model, toy.params, x, z, 4), toy.model.log_joint),
+        (log_qs(q, z, 4), toy.model.log_q),
+        (log_q, toy.model.log_q),
+    ):
         loop = [single(toy.params, x, jax.tree.map(lambda leaf, k=k: leaf[k], z)) for k in range(4)]
-        np.testing.assert_allclose(batched(toy.model, toy.params, x, z, 4), loop, rtol=1e-6)
+        np.testing.assert_allclose(batched, loop, rtol=1e-6)
 
 
 def test_a_model_without_a_latent_has_equal_weights(key):
@@ -62,10 +70,12 @@ def test_a_model_without_a_latent_has_equal_weights(key):
     mixture = vd.gmm(3, 2)
     model, x = vd.collapsed(mixture), jnp.array([0.3, -0.2])
     params = model.init(key)
-    assert draw(model, key, params, x, 4) == ()
+    q = vd.q_at(model, params, x)
+    assert draw(q, key, 4) == ()
     exact = mixture.log_prob(params, x)
     np.testing.assert_allclose(log_joints(model, params, x, (), 4), np.full(4, exact), rtol=1e-6)
-    np.testing.assert_array_equal(log_qs(model, params, x, (), 4), np.zeros(4))
+    np.testing.assert_array_equal(log_qs(q, (), 4), np.zeros(4))
+    np.testing.assert_array_equal(draw_with_log_q(q, key, 4)[1], np.zeros(4))
 
 
 def test_the_encoder_runs_once():
@@ -80,10 +90,11 @@ def test_the_encoder_runs_once():
     params, x = model.init(jax.random.key(0)), jnp.zeros(64, jnp.int32)
 
     def flops(num_samples):
-        compiled = jax.jit(draw, static_argnums=(0, 4)).lower(
-            model, jax.random.key(0), params, x, num_samples
-        )
-        return compiled.compile().cost_analysis()["flops"]
+        @jax.jit
+        def drawn(key, params, x):
+            return draw(vd.q_at(model, params, x), key, num_samples)
+
+        return drawn.lower(jax.random.key(0), params, x).compile().cost_analysis()["flops"]
 
     encoder = 2 * (64 * 128 + 128 * 4)
     one, many = flops(1), flops(64)
@@ -95,7 +106,7 @@ def test_the_encoder_runs_once():
 def test_raw_keys_are_refused():
     toy = toys.toy("linear2")
     with pytest.raises(TypeError, match=r"key: got uint32\[2\], expected a typed key"):
-        draw(toy.model, jax.random.PRNGKey(0), toy.params, jnp.asarray(toy.data[0]), 2)
+        draw(vd.q_at(toy.model, toy.params, jnp.asarray(toy.data[0])), jax.random.PRNGKey(0), 2)
 
 
 @pytest.mark.parametrize("num_samples", [0, -3])

@@ -45,14 +45,14 @@ def test_log_det_is_that_of_the_dense_jacobian():
     def run(lam, x, eps):
         # A base that is a point: what `sample` does to z_0 is then the transport itself.
         def transport(z0):
-            point = base._replace(sample=lambda key, lam, x: z0)
+            point = base._replace(at=lambda lam, x: vd.in_turn(lambda key: z0, lambda z: jnp.zeros(())))
             layers = [conditioner(d, context_dim=1, hidden=(8,))] * NUM_LAYERS
-            return flow(point, layers, context).sample(jax.random.key(0), lam, x)
+            return flow(point, layers, context).at(lam, x).sample(jax.random.key(0))
 
         log_det = jnp.linalg.slogdet(jax.jacfwd(transport)(eps))[1]
         return (
-            posterior.log_prob(lam, x, transport(eps)),
-            base.log_prob(lam["base"], x, eps) - log_det,
+            posterior.at(lam, x).log_prob(transport(eps)),
+            base.at(lam["base"], x).log_prob(eps) - log_det,
             log_det,
         )
 
@@ -66,9 +66,10 @@ def test_begins_at_its_base():
     base = amortized(vd.nets.mlp((2,), (6,), hidden=()), families.mean_field(3))
     posterior = flow(base, [conditioner(3)] * 2)
     lam = toys.quick_jit(posterior.init)(jax.random.key(0))
-    z, log_prob = toys.quick_jit(posterior.sample_and_log_prob)(jax.random.key(1), lam, jnp.asarray(X))
-    np.testing.assert_allclose(z, base.sample(jax.random.key(1), lam["base"], jnp.asarray(X)), rtol=1e-6)
-    np.testing.assert_allclose(log_prob, base.log_prob(lam["base"], jnp.asarray(X), z), rtol=1e-5)
+    draw = toys.quick_jit(lambda key, lam: posterior.at(lam, jnp.asarray(X)).sample_and_log_prob(key))
+    z, log_prob = draw(jax.random.key(1), lam)
+    np.testing.assert_allclose(z, base.at(lam["base"], jnp.asarray(X)).sample(jax.random.key(1)), rtol=1e-6)
+    np.testing.assert_allclose(log_prob, base.at(lam["base"], jnp.asarray(X)).log_prob(z), rtol=1e-5)
     one, two = (layer["net"]["Dense_0"]["kernel"] for layer in lam["layers"])
     assert np.all(one != two), "each layer has a key of its own"
 
@@ -76,8 +77,8 @@ def test_begins_at_its_base():
 def test_every_dimension_is_bent():
     _, posterior, lam = bent(5)
     still = lam | {"layers": jax.tree.map(jnp.zeros_like, lam["layers"])}
-    sample = toys.quick_jit(posterior.sample)
-    straight, moved = (sample(jax.random.key(0), value, jnp.asarray(X)) for value in (still, lam))
+    sample = toys.quick_jit(lambda lam: posterior.at(lam, jnp.asarray(X)).sample(jax.random.key(0)))
+    straight, moved = sample(still), sample(lam)
     assert np.all(np.abs(moved - straight) > 1e-2)
 
 
@@ -98,16 +99,14 @@ def test_integrates_to_one_and_its_draws_follow_it():
     points, area = grid()
 
     def expectations(lam, z):
-        density = area * jnp.exp(
-            jax.vmap(posterior.log_prob, (None, None, 0))(lam, jnp.asarray(X, z.dtype), z)
-        )
+        density = area * jnp.exp(jax.vmap(posterior.at(lam, jnp.asarray(X, z.dtype)).log_prob)(z))
         return jnp.sum(density * jax.vmap(nonlinear)(z)), jnp.sum(density)
 
     (value, mass), gradient = toys.in_float64(jax.value_and_grad(expectations, has_aux=True), lam, points)
     np.testing.assert_allclose(mass, 1.0, rtol=1e-6)
 
     def objective(key, params, x):
-        return {"f": nonlinear(posterior.sample(key, params.lam, jnp.asarray(X)))}
+        return {"f": nonlinear(posterior.at(params.lam, jnp.asarray(X)).sample(key))}
 
     values, draws = toys.gradient_draws({"f": objective}, Params(lam=lam), np.zeros(1), 100_000)["f"]
     assert np.max(toys.z_scores(np.asarray(values, np.float64)[:, None], np.array([value]))) < 5
@@ -120,8 +119,8 @@ def test_score_has_mean_zero():
     @toys.quick_jit
     @jax.vmap
     def score(key):
-        z = posterior.sample(key, lam, jnp.asarray(X))
-        return jax.grad(posterior.log_prob)(lam, jnp.asarray(X), z)
+        z = posterior.at(lam, jnp.asarray(X)).sample(key)
+        return jax.grad(lambda lam: posterior.at(lam, jnp.asarray(X)).log_prob(z))(lam)
 
     draws = toys.flat(score(jax.random.split(jax.random.key(3), 50_000)))
     assert np.max(toys.z_scores(draws, np.zeros(draws.shape[1]))) < 5
@@ -132,11 +131,11 @@ def test_fused_is_the_two_apart(d):
     _, posterior, lam = bent(d)
 
     def fused(lam, key):
-        return posterior.sample_and_log_prob(key, lam, jnp.asarray(X))
+        return posterior.at(lam, jnp.asarray(X)).sample_and_log_prob(key)
 
     def apart(lam, key):
-        z = posterior.sample(key, lam, jnp.asarray(X))
-        return z, posterior.log_prob(lam, jnp.asarray(X), z)
+        z = posterior.at(lam, jnp.asarray(X)).sample(key)
+        return z, posterior.at(lam, jnp.asarray(X)).log_prob(z)
 
     keys = jax.random.split(jax.random.key(5), 40)
     one, other = (toys.quick_jit(jax.vmap(f, (None, 0)))(lam, keys) for f in (fused, apart))
@@ -173,14 +172,17 @@ def test_extreme_parameters_give_finite_values_and_gradients():
     far = jnp.array([[0.0, 0.0, 0.0], [1e3, -1e3, 10.0]])
 
     def at(lam, key):
-        own = jax.jacrev(lambda lam: posterior.sample_and_log_prob(key, lam, None))(lam)
-        z, log_prob = posterior.sample_and_log_prob(key, lam, None)
+        def log_prob_of(lam, z):
+            return posterior.at(lam, None).log_prob(z)
+
+        own = jax.jacrev(lambda lam: posterior.at(lam, None).sample_and_log_prob(key))(lam)
+        z, log_prob = posterior.at(lam, None).sample_and_log_prob(key)
         spots = jnp.concatenate([z[None], far])
         return (
             own,
             z,
             log_prob,
-            jax.vmap(jax.value_and_grad(posterior.log_prob, (0, 2)), (None, None, 0))(lam, None, spots),
+            jax.vmap(jax.value_and_grad(log_prob_of, (0, 1)), (None, 0))(lam, spots),
         )
 
     keys = jax.random.split(jax.random.key(1), 16)
@@ -196,8 +198,10 @@ def test_refusals():
         conditioner(0)
     wrong = flow(base, [conditioner(2), Network(lambda key: (), lambda params, inputs: jnp.zeros(3))])
     with pytest.raises(ValueError, match=r"conditioners\[1\]: got output of shape \(3,\), expected \(4,\)"):
-        wrong.sample(jax.random.key(0), wrong.init(jax.random.key(0)), None)
-    matrix = base._replace(sample=lambda key, lam, x: jnp.zeros((2, 2)))
+        wrong.at(wrong.init(jax.random.key(0)), None).sample(jax.random.key(0))
+    matrix = base._replace(
+        at=lambda lam, x: vd.in_turn(lambda key: jnp.zeros((2, 2)), lambda z: jnp.zeros(()))
+    )
     with pytest.raises(ValueError, match=r"z: got shape \(2, 2\), expected \(latent_dim,\)"):
         posterior = flow(matrix, [conditioner(2)])
-        posterior.sample(jax.random.key(0), posterior.init(jax.random.key(0)), None)
+        posterior.at(posterior.init(jax.random.key(0)), None).sample(jax.random.key(0))

@@ -173,11 +173,11 @@ def wide_model(family, hidden=24, dim=5):
 
 @pytest.mark.parametrize("name", ["full_rank", "mixture"])
 def test_the_compiled_estimator_calls_the_encoder_once(name):
-    """`sample_q` and `log_q` each call it, unbatched over the K draws; the compiler merges the two calls."""
+    """For draw and density together, unbatched over the K draws; as it is written and as it is compiled."""
     _, model = wide_model(FAMILIES[name])
     params, x = toys.quick_jit(model.init)(jax.random.key(0)), jnp.arange(5.0)
     lowered = jax.jit(vd.pathwise(model, vd.iwae, 8)).lower(jax.random.key(0), params, x)
-    assert len(re.findall(r"dot_general.*tensor<24xf32>\n", lowered.as_text())) == 2
+    assert len(re.findall(r"dot_general.*tensor<24xf32>\n", lowered.as_text())) == 1
     dots = [line for line in lowered.compile().as_text().splitlines() if " dot(" in line]
     first_layer = [line for line in dots if re.search(r"= f32\[(1,)?24\]", line)]
     assert len(first_layer) == 1, "\n".join(dots)
@@ -195,7 +195,7 @@ def test_fused_sampling_calls_the_encoder_once(name):
 
     posterior = amortized(Network(encoder.init, apply), family)
     args = jax.random.key(0), jax.eval_shape(encoder.init, jax.random.key(1)), jnp.arange(5.0)
-    jaxpr = str(jax.make_jaxpr(posterior.sample_and_log_prob)(*args))
+    jaxpr = str(jax.make_jaxpr(lambda key, lam, x: posterior.at(lam, x).sample_and_log_prob(key))(*args))
     assert calls == [(5,)]
     assert len(re.findall(r"f32\[24\] = dot_general", jaxpr)) == 1
 
@@ -212,9 +212,9 @@ def test_amortized_is_the_family_at_the_encoders_output(name):
     def both(lam, out, z):
         return (
             (
-                posterior.sample(key, lam, x),
-                *posterior.sample_and_log_prob(key, lam, x),
-                posterior.log_prob(lam, x, z),
+                posterior.at(lam, x).sample(key),
+                *posterior.at(lam, x).sample_and_log_prob(key),
+                posterior.at(lam, x).log_prob(z),
             ),
             (family.sample(key, out), *family.sample_and_log_prob(key, out), family.log_prob(out, z)),
         )
@@ -231,9 +231,9 @@ def test_an_encoder_that_does_not_fit_is_refused():
         r"encoder: got output of shape \(7,\), expected \(5,\)",
     )
     for call in (
-        lambda: posterior.log_prob(lam, x, jnp.zeros(2)),
-        lambda: posterior.sample(jax.random.key(0), lam, x),
-        lambda: posterior.sample_and_log_prob(jax.random.key(0), lam, x),
+        lambda: posterior.at(lam, x).log_prob(jnp.zeros(2)),
+        lambda: posterior.at(lam, x).sample(jax.random.key(0)),
+        lambda: posterior.at(lam, x).sample_and_log_prob(jax.random.key(0)),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(call)
@@ -244,9 +244,9 @@ def test_local_ignores_x_and_starts_at_its_scale():
     posterior = local(family, init_scale=0.5)
     lam = posterior.init(jax.random.key(0))
     assert lam.shape == (200,) and abs(np.std(lam) - 0.5) < 0.1
-    z = posterior.sample(jax.random.key(1), lam, jnp.zeros(3))
-    np.testing.assert_array_equal(z, posterior.sample(jax.random.key(1), lam, "anything"))
-    np.testing.assert_allclose(posterior.log_prob(lam, None, z), family.log_prob(lam, z))
+    z = posterior.at(lam, jnp.zeros(3)).sample(jax.random.key(1))
+    np.testing.assert_array_equal(z, posterior.at(lam, "anything").sample(jax.random.key(1)))
+    np.testing.assert_allclose(posterior.at(lam, None).log_prob(z), family.log_prob(lam, z))
     np.testing.assert_array_equal(local(family, init_scale=0.0).init(jax.random.key(0)), 0.0)
 
 
@@ -293,12 +293,12 @@ def test_with_q_keeps_the_start_of_everything_but_lam():
 def test_with_q_on_a_learned_prior_draws_the_pair():
     """As the docstring says: z is the pair, lam keeps its two names; p does not change."""
     vae, q = small_vae(vd.collapsed(vd.gmm(2, D))), amortized(linear(5), FAMILIES["full_rank"])
-    pair = Posterior(
-        init=lambda key: {"encoder": q.init(key), "prior": ()},
-        log_prob=lambda lam, x, z: q.log_prob(lam["encoder"], x, z[0]),
-        sample=lambda key, lam, x: (q.sample(key, lam["encoder"], x), ()),
-        sample_and_log_prob=lambda key, lam, x: None,
-    )
+
+    def of_pair(lam, x):
+        of_z = q.at(lam["encoder"], x)
+        return vd.in_turn(lambda key: (of_z.sample(key), ()), lambda z: of_z.log_prob(z[0]))
+
+    pair = Posterior(init=lambda key: {"encoder": q.init(key), "prior": ()}, at=of_pair)
     model, x = with_q(vae, pair), jnp.asarray(TOY.data[0])
 
     @toys.quick_jit

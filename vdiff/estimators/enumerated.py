@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, log_joints, log_qs
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete, q_at
 
 MAX_TERMS = 1_000_000
 """The longest sum that is built."""
@@ -58,7 +58,7 @@ def enumerated(model: ModelLike, support: PyTree, bound: Bound = elbo, num_sampl
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
         _check_discrete(jax.eval_shape(model.sample_q, jax.random.key(0), params, x))
-        log_q = log_qs(model, params, x, support, sizes[0])
+        log_q = log_qs(q_at(model, params, x), support, sizes[0])
         log_weights = log_joints(model, params, x, support, sizes[0]) - log_q
         is_possible = log_q > -jnp.inf
         # Where q is zero the log-weight is infinite: take it out before the two meet.

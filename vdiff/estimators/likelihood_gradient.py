@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from vdiff.bounds import iwae
 from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, q_at
 
 
 def likelihood_gradient(model: ModelLike, num_samples: int) -> Objective:
@@ -44,7 +44,7 @@ def likelihood_gradient(model: ModelLike, num_samples: int) -> Objective:
     check_num_samples(num_samples)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        z = stop_gradient(draw(model, key, params, x, num_samples))
+        z = stop_gradient(draw(q_at(model, params, x), key, num_samples))
         return {"iwae": iwae(fixed_q_log_weights(model, params, x, z, num_samples))}
 
     return objective
@@ -54,5 +54,5 @@ def fixed_q_log_weights(
     model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int
 ) -> Float[Array, " K"]:
     """Evaluate log p(x, z_k) - log q(z_k | x), [K] nats, with no gradient through q."""
-    log_q: Array = stop_gradient(log_qs(model, params, x, z, num_samples))
+    log_q: Array = stop_gradient(log_qs(q_at(model, params, x), z, num_samples))
     return log_joints(model, params, x, z, num_samples) - log_q

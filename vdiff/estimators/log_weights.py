@@ -3,17 +3,22 @@
 import jax
 from jaxtyping import Array, Float
 
-from vdiff.types import Key, ModelLike, Params, PyTree, check_key
+from vdiff.types import Distribution, Key, ModelLike, Params, PyTree, check_key
 
 
-def draw(model: ModelLike, key: Key, params: Params, x: PyTree, num_samples: int) -> PyTree:
-    """Draw z_1..z_K of q(z | x); the encoder, which does not see the key, runs once.
+def draw(q: Distribution, key: Key, num_samples: int) -> PyTree:
+    """Draw z_1..z_K of q(z | x).
 
     Returns:
         z with a leading axis K = num_samples on every leaf.
     """
-    keys = jax.random.split(check_key(key), num_samples)
-    return jax.vmap(model.sample_q, in_axes=(0, None, None))(keys, params, x)
+    return jax.vmap(q.sample)(jax.random.split(check_key(key), num_samples))
+
+
+def draw_with_log_q(q: Distribution, key: Key, num_samples: int) -> tuple[PyTree, Float[Array, " K"]]:
+    """Draw z_1..z_K as `draw` does, together with log q(z_k | x), nats."""
+    z, values = jax.vmap(q.sample_and_log_prob)(jax.random.split(check_key(key), num_samples))
+    return z, check_scalars("log_q", values, num_samples)
 
 
 def log_joints(
@@ -24,9 +29,9 @@ def log_joints(
     return check_scalars("log_joint", values, num_samples)
 
 
-def log_qs(model: ModelLike, params: Params, x: PyTree, z: PyTree, num_samples: int) -> Float[Array, " K"]:
+def log_qs(q: Distribution, z: PyTree, num_samples: int) -> Float[Array, " K"]:
     """Evaluate log q(z_k | x) at K draws, nats."""
-    values = jax.vmap(model.log_q, in_axes=(None, None, 0), axis_size=num_samples)(params, x, z)
+    values = jax.vmap(q.log_prob, axis_size=num_samples)(z)
     return check_scalars("log_q", values, num_samples)
 
 

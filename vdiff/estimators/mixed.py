@@ -15,9 +15,9 @@ import jax
 from jaxtyping import Array
 
 from vdiff.bounds import Bound, elbo
-from vdiff.estimators.log_weights import check_scalars, draw, log_joints, log_qs
+from vdiff.estimators.log_weights import check_scalars, draw_with_log_q, log_joints
 from vdiff.estimators.score_function import Baseline, check_draws, leave_one_out, score_surrogate
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete, q_at
 
 
 def mixed(
@@ -31,8 +31,8 @@ def mixed(
     """Estimate a bound with scores for the discrete latents and paths for the continuous ones.
 
     Value: bound(l). Gradient: unbiased for theta, phi and lambda, where `sample_q` is differentiable in its continuous
-    leaves given its discrete ones, and `log_q_discrete` sums the conditionals of the discrete ones alone. One forward
-    pass through the encoder and two back, as `pathwise`.
+    leaves given its discrete ones, and `log_q_discrete` sums the conditionals of the discrete ones alone. Passes as in
+    `pathwise`.
 
     Args:
         model: a `Model` whose z has discrete and continuous leaves.
@@ -51,8 +51,8 @@ def mixed(
     check_draws(num_samples, baseline)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        z = _check_mixed(draw(model, key, params, x, num_samples))
-        log_weights = log_joints(model, params, x, z, num_samples) - log_qs(model, params, x, z, num_samples)
+        z, log_q = draw_with_log_q(q_at(model, params, x), key, num_samples)
+        log_weights = log_joints(model, params, x, _check_mixed(z), num_samples) - log_q
         log_q = jax.vmap(log_q_discrete, in_axes=(None, None, 0))(params, x, z)
         score = score_surrogate(
             bound, baseline, params.cv, x, log_weights, check_scalars("log_q_discrete", log_q, num_samples)

@@ -20,16 +20,16 @@ from jax.lax import stop_gradient
 from jaxtyping import Array
 
 from vdiff.bounds import Bound, elbo
-from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete
+from vdiff.estimators.log_weights import check_num_samples, draw, draw_with_log_q, log_joints, log_qs
+from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, is_discrete, q_at
 
 
 def pathwise(model: ModelLike, bound: Bound = elbo, num_samples: int = 1) -> Objective:
     """Estimate a bound from K reparametrized draws and differentiate it through them.
 
-    Value: bound(l), l_k = log p(x, z_k) - log q(z_k | x). Gradient: unbiased for theta, phi and lambda. One forward
-    pass through the encoder and K through the decoder; back through the encoder it goes twice, by z and by log q
-    (`doubly_reparameterized` once).
+    Value: bound(l), l_k = log p(x, z_k) - log q(z_k | x). Gradient: unbiased for theta, phi and lambda. One pass
+    through the encoder and K through the decoder, where the model's q is `fused`; where it is not, two passes back
+    through the encoder, by z and by log q.
 
     Args:
         model: a `Model` whose `sample_q` is differentiable.
@@ -48,8 +48,9 @@ def pathwise(model: ModelLike, bound: Bound = elbo, num_samples: int = 1) -> Obj
     check_num_samples(num_samples)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        z = _check_continuous(draw(model, key, params, x, num_samples), "pathwise")
-        log_weights = log_joints(model, params, x, z, num_samples) - log_qs(model, params, x, z, num_samples)
+        z, log_q = draw_with_log_q(q_at(model, params, x), key, num_samples)
+        z = _check_continuous(z, "pathwise")
+        log_weights = log_joints(model, params, x, z, num_samples) - log_q
         return {bound.__name__: bound(log_weights)}
 
     return objective
@@ -80,11 +81,11 @@ def doubly_reparameterized(model: ModelLike, bound: Bound = elbo, num_samples: i
     check_num_samples(num_samples)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        z = _check_continuous(draw(model, key, params, x, num_samples), "doubly_reparameterized")
-        fixed = stop_gradient(params)
+        z = _check_continuous(draw(q_at(model, params, x), key, num_samples), "doubly_reparameterized")
+        fixed_q = q_at(model, stop_gradient(params), x)
 
         def log_weights_at(z: PyTree) -> Array:
-            return log_joints(model, params, x, z, num_samples) - log_qs(model, fixed, x, z, num_samples)
+            return log_joints(model, params, x, z, num_samples) - log_qs(fixed_q, z, num_samples)
 
         # The same values twice: the compiler keeps one forward pass.
         log_weights = stop_gradient(log_weights_at(z))

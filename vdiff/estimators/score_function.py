@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from vdiff.bounds import Bound, elbo
 from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, ModelLike, Network, Objective, Params, PyTree, Terms, gradient_only
+from vdiff.types import Key, ModelLike, Network, Objective, Params, PyTree, Terms, gradient_only, q_at
 
 Baseline = Callable[[PyTree, PyTree, Bound, Float[Array, " K"]], Float[Array, " K"]]
 """`(params.cv, x, bound, log_weights [K]) -> b [K]`, where b_k must not depend on l_k."""
@@ -122,8 +122,9 @@ def score_function(
     check_draws(num_samples, baseline)
 
     def objective(key: Key, params: Params, x: PyTree) -> Terms:
-        z = stop_gradient(draw(model, key, params, x, num_samples))
-        log_q = log_qs(model, params, x, z, num_samples)
+        q = q_at(model, params, x)
+        z = stop_gradient(draw(q, key, num_samples))
+        log_q = log_qs(q, z, num_samples)
         log_weights = log_joints(model, params, x, z, num_samples) - log_q
         score = score_surrogate(bound, baseline, params.cv, x, log_weights, log_q)
         return {bound.__name__: bound(log_weights) + score}

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vdiff.estimators.log_weights import check_num_samples, draw, log_joints, log_qs
-from vdiff.types import Key, LogProb, ModelLike, Params, PyTree, check_key
+from vdiff.estimators.log_weights import check_num_samples, draw_with_log_q, log_joints
+from vdiff.types import Key, LogProb, ModelLike, Params, PyTree, check_key, q_at
 
 
 class _Sums(NamedTuple):
@@ -52,11 +52,11 @@ def importance_log_prob(
     num_chunks = -(-num_samples // chunk_size)
 
     def log_prob(key: Key, params: Params, x: PyTree) -> LogProb:
-        key = check_key(key)
+        key, q = check_key(key), q_at(model, params, x)
 
         def add_chunk(sums: _Sums, i: Array) -> tuple[_Sums, None]:
-            z = draw(model, jax.random.fold_in(key, i), params, x, chunk_size)
-            log_w = log_joints(model, params, x, z, chunk_size) - log_qs(model, params, x, z, chunk_size)
+            z, log_q = draw_with_log_q(q, jax.random.fold_in(key, i), chunk_size)
+            log_w = log_joints(model, params, x, z, chunk_size) - log_q
             log_w = jnp.where(i * chunk_size + jnp.arange(chunk_size) < num_samples, log_w, -jnp.inf)
             top = jnp.maximum(sums.top, jnp.max(log_w))
             # Where every weight so far is zero, top is -inf and differences to it are undefined.

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from vdiff.relaxations import Relaxation, bernoulli, check_temperature, key_per_leaf
-from vdiff.types import Key, Model, ModelLike, Params, PyTree, check_key
+from vdiff.types import Distribution, Key, Model, ModelLike, Params, PyTree, check_key, fused, in_turn
 
 
 def concrete(
@@ -69,17 +69,16 @@ def concrete(
         log_likelihood = model.log_joint(params, x, z) - _summed(relaxation.log_prob, eta, z)
         return log_likelihood + _summed(relaxation.log_density, eta, y)
 
-    def log_q(params: Params, x: PyTree, y: PyTree) -> Array:
-        return _summed(relaxation.log_density, logits(params, x), y)
-
-    def sample_q(key: Key, params: Params, x: PyTree) -> PyTree:
-        return perturb(key, logits(params, x))
+    def q(params: Params, x: PyTree) -> Distribution:
+        eta = logits(params, x)
+        return in_turn(lambda key: perturb(key, eta), lambda y: _summed(relaxation.log_density, eta, y))
 
     def sample(key: Key, params: Params) -> tuple[PyTree, PyTree]:
         key_y, key_x = jax.random.split(check_key(key))
         y = perturb(key_y, prior_logits(params))
         return sample_x(key_x, params, soften(y)), y
 
+    sample_q, log_q = fused(q)
     return Model(model.init, log_joint, log_q, sample_q, sample)
 
 

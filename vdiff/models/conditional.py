@@ -12,7 +12,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vdiff.types import Key, Model, ModelLike, Network, Params, PyTree, Terms, check_key
+from vdiff.types import (
+    Distribution,
+    Key,
+    Model,
+    ModelLike,
+    Network,
+    Params,
+    PyTree,
+    Terms,
+    check_key,
+    fused,
+    q_at,
+)
 
 
 def given(network: Network, *condition: PyTree) -> Network:
@@ -37,17 +49,14 @@ def conditional(of: Callable[[PyTree], ModelLike], example: PyTree) -> Model:
         x, y = xy
         return of(y).log_joint(params, x, z)
 
-    def log_q(params: Params, xy: tuple[PyTree, PyTree], z: PyTree) -> Array:
+    def q(params: Params, xy: tuple[PyTree, PyTree]) -> Distribution:
         x, y = xy
-        return of(y).log_q(params, x, z)
-
-    def sample_q(key: Key, params: Params, xy: tuple[PyTree, PyTree]) -> PyTree:
-        x, y = xy
-        return of(y).sample_q(key, params, x)
+        return q_at(of(y), params, x)
 
     def sample(key: Key, params: Params, y: PyTree) -> tuple[PyTree, PyTree]:
         return of(y).sample(key, params)
 
+    sample_q, log_q = fused(q)
     has_terms = of(example).elbo_terms is not None
     elbo_terms = on_pairs(lambda y: of(y).elbo_terms) if has_terms else None
     return Model(of(example).init, log_joint, log_q, sample_q, sample, elbo_terms)

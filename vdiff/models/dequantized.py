@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from vdiff.types import Key, Model, ModelLike, Params, PyTree, Terms, check_key
+from vdiff.types import Distribution, Key, Model, ModelLike, Params, PyTree, Terms, check_key, fused, q_at
 
 
 def dequantized(model: ModelLike, levels: int) -> Model:
@@ -46,14 +46,26 @@ def dequantized(model: ModelLike, levels: int) -> Model:
         u, z = z
         return model.log_joint(params, to_unit(x, u), z) - x.size * math.log(levels)
 
-    def log_q(params: Params, x: Array, z: tuple[Array, PyTree]) -> Array:
-        u, z = z
-        return model.log_q(params, to_unit(x, u), z)
+    def q(params: Params, x: Array) -> Distribution:
+        def after(key: Key) -> tuple[Array, Distribution, Key]:
+            key_u, key_z = jax.random.split(key)
+            u = jax.random.uniform(key_u, x.shape)
+            return u, q_at(model, params, to_unit(x, u)), key_z
 
-    def sample_q(key: Key, params: Params, x: Array) -> tuple[Array, PyTree]:
-        key_u, key_z = jax.random.split(check_key(key))
-        u = jax.random.uniform(key_u, x.shape)
-        return u, model.sample_q(key_z, params, to_unit(x, u))
+        def sample(key: Key) -> tuple[Array, PyTree]:
+            u, rest, key_z = after(key)
+            return u, rest.sample(key_z)
+
+        def log_prob(z: tuple[Array, PyTree]) -> Array:
+            u, z = z
+            return model.log_q(params, to_unit(x, u), z)
+
+        def sample_and_log_prob(key: Key) -> tuple[tuple[Array, PyTree], Array]:
+            u, rest, key_z = after(key)
+            z, log_q = rest.sample_and_log_prob(key_z)
+            return (u, z), log_q
+
+        return Distribution(sample, log_prob, sample_and_log_prob)
 
     def sample(key: Key, params: Params) -> tuple[Array, tuple[Array, PyTree]]:
         y, z = model.sample(key, params)
@@ -69,4 +81,5 @@ def dequantized(model: ModelLike, levels: int) -> Model:
             terms = model.elbo_terms(key_z, params, y)
         return {**terms, "dequantization": jnp.asarray(-x.size * math.log(levels), y.dtype)}
 
+    sample_q, log_q = fused(q)
     return Model(model.init, log_joint, log_q, sample_q, sample, elbo_terms)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from vdiff.models.posterior import Posterior
 from vdiff.nets.mlp import mlp
-from vdiff.types import Key, Network, PyTree, check_key
+from vdiff.types import Distribution, Key, Network, PyTree, check_key
 
 _MAX_LOG_SCALE = 2.0
 
@@ -70,10 +70,19 @@ def flow(
         return jnp.where(is_kept, 0.0, log_scale), jnp.where(is_kept, 0.0, shift)
 
     def forward(lam: PyTree, x: PyTree, z: Array) -> tuple[Array, Array]:
+        """Bend z; returns log |det| of it too."""
         log_det, features = jnp.zeros((), z.dtype), context(x).astype(z.dtype)
         for i in range(len(conditioners)):
             log_scale, shift = coupling(i, lam, z, features)
             z, log_det = jnp.exp(log_scale) * z + shift, log_det + jnp.sum(log_scale)
+        return z, log_det
+
+    def back(lam: PyTree, x: PyTree, z: Array) -> tuple[Array, Array]:
+        """Undo `forward`; the log |det| is still that of `forward`."""
+        log_det, features = jnp.zeros((), z.dtype), context(x).astype(z.dtype)
+        for i in reversed(range(len(conditioners))):
+            log_scale, shift = coupling(i, lam, z, features)
+            z, log_det = jnp.exp(-log_scale) * (z - shift), log_det + jnp.sum(log_scale)
         return z, log_det
 
     def init(key: Key) -> PyTree:
@@ -81,22 +90,23 @@ def flow(
         layers = tuple(net.init(k) for net, k in zip(conditioners, keys, strict=True))
         return {"base": base.init(key_base), "layers": layers}
 
-    def log_prob(lam: PyTree, x: PyTree, z: Array) -> Array:
-        log_det, features = jnp.zeros((), z.dtype), context(x).astype(z.dtype)
-        for i in reversed(range(len(conditioners))):
-            log_scale, shift = coupling(i, lam, z, features)
-            z, log_det = jnp.exp(-log_scale) * (z - shift), log_det + jnp.sum(log_scale)
-        return base.log_prob(lam["base"], x, z) - log_det
+    def at(lam: PyTree, x: PyTree) -> Distribution:
+        straight = base.at(lam["base"], x)
 
-    def sample(key: Key, lam: PyTree, x: PyTree) -> Array:
-        return forward(lam, x, base.sample(key, lam["base"], x))[0]
+        def log_prob(z: Array) -> Array:
+            z, log_det = back(lam, x, z)
+            return straight.log_prob(z) - log_det
 
-    def sample_and_log_prob(key: Key, lam: PyTree, x: PyTree) -> tuple[Array, Array]:
-        z, log_prob = base.sample_and_log_prob(key, lam["base"], x)
-        z, log_det = forward(lam, x, z)
-        return z, log_prob - log_det
+        def sample_and_log_prob(key: Key) -> tuple[Array, Array]:
+            z, log_prob = straight.sample_and_log_prob(key)
+            z, log_det = forward(lam, x, z)
+            return z, log_prob - log_det
 
-    return Posterior(init, log_prob, sample, sample_and_log_prob)
+        return Distribution(
+            lambda key: forward(lam, x, straight.sample(key))[0], log_prob, sample_and_log_prob
+        )
+
+    return Posterior(init, at)
 
 
 def conditioner(latent_dim: int, *, context_dim: int = 0, hidden: Sequence[int] = (32,)) -> Network:

@@ -18,7 +18,19 @@ from jaxtyping import Array, Float, Int
 
 from vdiff.densities import categorical_log_prob
 from vdiff.models.covariance import Covariance, component_log_prob, full_covariance
-from vdiff.types import Key, Model, Network, Objective, Params, PyTree, Terms, check_key
+from vdiff.types import (
+    Distribution,
+    Key,
+    Model,
+    Network,
+    Objective,
+    Params,
+    PyTree,
+    Terms,
+    check_key,
+    fused,
+    in_turn,
+)
 
 
 class GMM(NamedTuple):
@@ -116,11 +128,12 @@ def gmm(
         log_prior = categorical_log_prob(z, params.phi["logits"])
         return log_prior + component_log_prob(covariance, params.theta, z, x)
 
-    def log_q(params: Params, x: Array, z: Int[Array, ""]) -> Float[Array, ""]:
-        return categorical_log_prob(z, log_qs(params, x))
-
-    def sample_q(key: Key, params: Params, x: Array) -> Int[Array, ""]:
-        return jax.random.categorical(check_key(key), log_qs(params, x)).astype(jnp.int32)
+    def q(params: Params, x: Array) -> Distribution:
+        log_q = log_qs(params, x)
+        return in_turn(
+            lambda key: jax.random.categorical(key, log_q).astype(jnp.int32),
+            lambda z: categorical_log_prob(z, log_q),
+        )
 
     def sample(key: Key, params: Params) -> tuple[Float[Array, " dim"], Int[Array, ""]]:
         key_z, key_x = jax.random.split(check_key(key))
@@ -141,6 +154,7 @@ def gmm(
             "kl": jnp.sum(q * log_ratio),
         }
 
+    sample_q, log_q = fused(q)
     return GMM(
         init, log_joint, log_q, sample_q, sample, elbo_terms, log_prob, log_posterior, covariance, encoder
     )

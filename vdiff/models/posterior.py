@@ -17,7 +17,7 @@ import jax
 from jaxtyping import Array
 
 from vdiff.models.families import Family
-from vdiff.types import Key, Model, ModelLike, Network, Params, PyTree, check_key
+from vdiff.types import Distribution, Key, Model, ModelLike, Network, Params, PyTree, check_key, fused
 
 AnyModel = TypeVar("AnyModel", bound=ModelLike)
 
@@ -31,15 +31,11 @@ class Posterior(NamedTuple):
 
     Attributes:
         init: `(key) -> lam`.
-        log_prob: `(lam, x, z) -> []`, log q(z | x), nats.
-        sample: `(key, lam, x) -> z`, differentiable in lam.
-        sample_and_log_prob: `(key, lam, x) -> (z, [])`, what the two give apart, in one pass.
+        at: `(lam, x) -> Distribution` of z, whose draws are differentiable in lam.
     """
 
     init: Callable[[Key], PyTree]
-    log_prob: Callable[[PyTree, PyTree, PyTree], Array]
-    sample: Callable[[Key, PyTree, PyTree], PyTree]
-    sample_and_log_prob: Callable[[Key, PyTree, PyTree], tuple[PyTree, Array]]
+    at: Callable[[PyTree, PyTree], Distribution]
 
 
 def _as_it_is(x: PyTree) -> PyTree:
@@ -70,16 +66,7 @@ def amortized(encoder: Network, family: Family, embed: Callable[[PyTree], PyTree
             )
         return out
 
-    def log_prob(lam: PyTree, x: PyTree, z: PyTree) -> Array:
-        return family.log_prob(encode(lam, x), z)
-
-    def sample(key: Key, lam: PyTree, x: PyTree) -> PyTree:
-        return family.sample(key, encode(lam, x))
-
-    def sample_and_log_prob(key: Key, lam: PyTree, x: PyTree) -> tuple[PyTree, Array]:
-        return family.sample_and_log_prob(key, encode(lam, x))
-
-    return Posterior(encoder.init, log_prob, sample, sample_and_log_prob)
+    return Posterior(encoder.init, lambda lam, x: _given(family, encode(lam, x)))
 
 
 def local(family: Family, init_scale: float = 0.1) -> Posterior:
@@ -100,16 +87,15 @@ def local(family: Family, init_scale: float = 0.1) -> Posterior:
     def init(key: Key) -> Array:
         return init_scale * jax.random.normal(check_key(key), (family.size,))
 
-    def log_prob(lam: PyTree, x: PyTree, z: PyTree) -> Array:
-        return family.log_prob(lam, z)
+    return Posterior(init, lambda lam, x: _given(family, lam))
 
-    def sample(key: Key, lam: PyTree, x: PyTree) -> PyTree:
-        return family.sample(key, lam)
 
-    def sample_and_log_prob(key: Key, lam: PyTree, x: PyTree) -> tuple[PyTree, Array]:
-        return family.sample_and_log_prob(key, lam)
-
-    return Posterior(init, log_prob, sample, sample_and_log_prob)
+def _given(family: Family, out: Array) -> Distribution:
+    return Distribution(
+        lambda key: family.sample(key, out),
+        lambda z: family.log_prob(out, z),
+        lambda key: family.sample_and_log_prob(key, out),
+    )
 
 
 def with_q(model: ModelLike, posterior: Posterior) -> Model:
@@ -135,12 +121,7 @@ def with_q(model: ModelLike, posterior: Posterior) -> Model:
         lam = posterior.init(jax.random.fold_in(check_key(key), _KEY_OF_Q))
         return model.init(key)._replace(lam=lam)
 
-    def log_q(params: Params, x: PyTree, z: PyTree) -> Array:
-        return posterior.log_prob(params.lam, x, z)
-
-    def sample_q(key: Key, params: Params, x: PyTree) -> PyTree:
-        return posterior.sample(key, params.lam, x)
-
+    sample_q, log_q = fused(lambda params, x: posterior.at(params.lam, x))
     return Model(init, model.log_joint, log_q, sample_q, model.sample)
 
 

@@ -17,7 +17,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vdiff.densities import bernoulli_log_prob
-from vdiff.types import Key, Likelihood, Model, Network, Objective, Params, PyTree, check_key
+from vdiff.types import (
+    Distribution,
+    Key,
+    Likelihood,
+    Model,
+    Network,
+    Objective,
+    Params,
+    PyTree,
+    check_key,
+    fused,
+)
 
 Bits = tuple[Array, ...]
 """z_1..z_L, each bool [size]; floats between zero and one are accepted where a density is evaluated."""
@@ -82,8 +93,7 @@ def sbn(
     if num_units < 1:
         raise ValueError(f"num_units: got {num_units}, expected at least 1")
 
-    def q_logits(params: Params, x: PyTree, z: Bits, layer: int) -> Array:
-        below = likelihood.embed(x) if layer == 0 else _shown(z[layer - 1])
+    def q_logits(params: Params, below: Array, layer: int) -> Array:
         return encoders[layer].apply(params.lam[layer], below)
 
     def p_logits(params: Params, above: Bits, layer: int) -> Float[Array, " bits"]:
@@ -108,14 +118,23 @@ def sbn(
         )
         return likelihood.log_prob(out(params, z), x) + sum(layers)
 
-    def log_q(params: Params, x: PyTree, z: Bits) -> Array:
-        return sum(jnp.sum(bernoulli_log_prob(z[i], q_logits(params, x, z, i))) for i in range(num_layers))
+    def q(params: Params, x: PyTree) -> Distribution:
+        first = q_logits(params, likelihood.embed(x), 0)
 
-    def sample_q(key: Key, params: Params, x: PyTree) -> Bits:
-        z = ()
-        for layer, key_layer in enumerate(jax.random.split(check_key(key), num_layers)):
-            z = (*z, _draw(key_layer, q_logits(params, x, z, layer)))
-        return z
+        def sample_and_log_prob(key: Key) -> tuple[Bits, Array]:
+            z, log_prob, eta = (), 0.0, first
+            for layer, key_layer in enumerate(jax.random.split(key, num_layers)):
+                if layer > 0:
+                    eta = q_logits(params, _shown(z[-1]), layer)
+                z = (*z, _draw(key_layer, eta))
+                log_prob += jnp.sum(bernoulli_log_prob(z[-1], eta))
+            return z, log_prob
+
+        def log_prob(z: Bits) -> Array:
+            etas = (first, *(q_logits(params, _shown(z[i]), i + 1) for i in range(num_layers - 1)))
+            return sum(jnp.sum(bernoulli_log_prob(*pair)) for pair in zip(z, etas, strict=True))
+
+        return Distribution(lambda key: sample_and_log_prob(key)[0], log_prob, sample_and_log_prob)
 
     def sample_x(key: Key, params: Params, z: Bits) -> PyTree:
         return likelihood.sample(check_key(key), out(params, z))
@@ -129,7 +148,7 @@ def sbn(
 
     def logits(params: Params, x: PyTree) -> tuple[Array]:
         _check_one_layer("logits", num_layers)
-        return (q_logits(params, x, (), 0),)
+        return (q_logits(params, likelihood.embed(x), 0),)
 
     def prior_logits(params: Params) -> tuple[Array]:
         _check_one_layer("prior_logits", num_layers)
@@ -138,6 +157,7 @@ def sbn(
     def decode(params: Params, z: Bits) -> Array:
         return likelihood.mean(out(params, z))
 
+    sample_q, log_q = fused(q)
     return SBN(init, log_joint, log_q, sample_q, sample, None, logits, prior_logits, sample_x, decode)
 
 

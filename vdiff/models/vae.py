@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from vdiff.densities import normal_entropy, normal_kl, normal_log_prob, standard_normal_log_prob
 from vdiff.types import (
+    Distribution,
     Key,
     Likelihood,
     Model,
@@ -34,6 +35,9 @@ from vdiff.types import (
     PyTree,
     Terms,
     check_key,
+    fused,
+    in_turn,
+    q_at,
 )
 
 
@@ -125,11 +129,12 @@ def vae(
     def log_joint(params: Params, x: Array, z: Array) -> Array:
         return jnp.sum(standard_normal_log_prob(z)) + log_likelihood(params, x, z)
 
-    def log_q(params: Params, x: Array, z: Array) -> Array:
-        return jnp.sum(normal_log_prob(z, *posterior(params, x)))
-
-    def sample_q(key: Key, params: Params, x: Array) -> Array:
-        return _transport(key, *posterior(params, x))
+    def q(params: Params, x: Array) -> Distribution:
+        loc, log_scale = posterior(params, x)
+        return in_turn(
+            lambda key: _transport(key, loc, log_scale),
+            lambda z: jnp.sum(normal_log_prob(z, loc, log_scale)),
+        )
 
     def sample(key: Key, params: Params) -> tuple[Array, Array]:
         key_z, key_x = jax.random.split(check_key(key))
@@ -148,6 +153,7 @@ def vae(
     def decode(params: Params, z: Float[Array, " d"]) -> Array:
         return likelihood.mean(decoder.apply(params.theta, z))
 
+    sample_q, log_q = fused(q)
     base = VAE(init, log_joint, log_q, sample_q, sample, elbo_terms, encode, decode)
     return base if prior is None else _with_prior(base, prior, posterior, log_likelihood, sample_x)
 
@@ -172,16 +178,26 @@ def _with_prior(
         z, u = z
         return prior.log_joint(of_prior, z, u) + log_likelihood(own, x, z)
 
-    def log_q(params: Params, x: Array, z: tuple[Array, PyTree]) -> Array:
+    def q(params: Params, x: Array) -> Distribution:
         own, of_prior = split(params)
-        z, u = z
-        return base.log_q(own, x, z) + prior.log_q(of_prior, z, u)
+        first = q_at(base, own, x)
 
-    def sample_q(key: Key, params: Params, x: Array) -> tuple[Array, PyTree]:
-        own, of_prior = split(params)
-        key_z, key_u = jax.random.split(check_key(key))
-        z = base.sample_q(key_z, own, x)
-        return z, prior.sample_q(key_u, of_prior, z)
+        def sample(key: Key) -> tuple[Array, PyTree]:
+            key_z, key_u = jax.random.split(key)
+            z = first.sample(key_z)
+            return z, prior.sample_q(key_u, of_prior, z)
+
+        def log_prob(z: tuple[Array, PyTree]) -> Array:
+            z, u = z
+            return first.log_prob(z) + prior.log_q(of_prior, z, u)
+
+        def sample_and_log_prob(key: Key) -> tuple[tuple[Array, PyTree], Array]:
+            key_z, key_u = jax.random.split(key)
+            z, log_q = first.sample_and_log_prob(key_z)
+            u, log_q_u = q_at(prior, of_prior, z).sample_and_log_prob(key_u)
+            return (z, u), log_q + log_q_u
+
+        return Distribution(sample, log_prob, sample_and_log_prob)
 
     def sample(key: Key, params: Params) -> tuple[Array, tuple[Array, PyTree]]:
         own, of_prior = split(params)
@@ -210,6 +226,7 @@ def _with_prior(
     def decode(params: Params, z: Array) -> Array:
         return base.decode(split(params)[0], z)
 
+    sample_q, log_q = fused(q)
     return VAE(init, log_joint, log_q, sample_q, sample, elbo_terms, encode, decode)
 
 
