@@ -81,7 +81,7 @@ def training_curves(
     panels = [(f"{name}, {unit}", [name, f"test_{name}"]) for name in terms]
     train = bound if bound in names or "objective" not in names else "objective"
     panels.insert(0, (f"{train}, {unit}", [train, f"test_{bound}"]))
-    panels.append(("gradient norm, log scale", ["grad_norm"]))
+    panels.append(("gradient norm, log", ["grad_norm"]))
     panels = [(title, [name for name in group if name in names]) for title, group in panels]
     panels = [(title, group) for title, group in panels if group]
     if not panels:
@@ -89,6 +89,7 @@ def training_curves(
     steps = [row["step"] for row in rows]
     num_rows = 1 + len(panels) // 2
     fig = new_figure(7.2, 0.4 + 1.9 * num_rows)
+    fig.get_layout_engine().set(h_pad=0.12)  # inches: a row's steps stay clear of the next row's titles
     grid = fig.add_gridspec(num_rows, 2)
     for i, (title, group) in enumerate(panels):
         row, column = (i + 1) // 2, (i + 1) % 2
