@@ -1,6 +1,7 @@
 """Strictness for every test: rank and dtype promotion are errors, annotations are checked."""
 
 import gc
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -10,12 +11,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_programs():
-    """Forget compiled programs after each file: each holds memory maps, of which a process may have 65,530."""
-    yield
+def forget_programs():
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+    """Forget compiled programs after each file: each holds memory maps, of which Linux grants a process 65,530."""
+    yield
+    forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _few_maps():
+    """And within a file, before the compiler runs out of them: it does not say so but crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+        forget_programs()
 
 
 @pytest.fixture
