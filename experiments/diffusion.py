@@ -59,14 +59,14 @@ PRESETS = {
         ),
     ),
     "mnist": (
-        "half an hour of training on two cores: MNIST with 256 grey levels, in bits/dim",
+        "an hour of training on two cores: MNIST with 256 grey levels, in bits/dim",
         Config(
             data="mnist",
             log_snr_max=13.3,
             log_snr_min=-8.0,
             width=16,
             depth=3,
-            num_steps=4000,
+            num_steps=10_000,
             batch_size=32,
             warmup_steps=100,
             eval_times=4,

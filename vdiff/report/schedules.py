@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vdiff.report.ink import COLORS, INK, cycled_colors, dress, new_figure, save
+from vdiff.report.values import format_value
 
 
 def schedule_comparison(
@@ -45,7 +46,8 @@ def schedule_comparison(
     places = np.arange(len(values))[::-1]
     bars.barh(places, values, height=0.55, color=cycled_colors(len(values)))
     for place, name, value in zip(places, spreads, values, strict=True):
-        bars.annotate(f"{name}  {value:.3g}", (0, place + 0.31), color=INK, size=11, ha="left", va="bottom")
+        label = f"{name}  {format_value(value)}"
+        bars.annotate(label, (0, place + 0.31), color=INK, size=11, ha="left", va="bottom")
     bars.set(yticks=[], ylim=(-0.5, len(values) - 0.1), xlim=(0, 1.05 * values.max()))
     bars.grid(visible=False)
     return save(fig, path)
