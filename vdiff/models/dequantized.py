@@ -47,25 +47,17 @@ def dequantized(model: ModelLike, levels: int) -> Model:
         return model.log_joint(params, to_unit(x, u), z) - x.size * math.log(levels)
 
     def q(params: Params, x: Array) -> Distribution:
-        def after(key: Key) -> tuple[Array, Distribution, Key]:
-            key_u, key_z = jax.random.split(key)
-            u = jax.random.uniform(key_u, x.shape)
-            return u, q_at(model, params, to_unit(x, u)), key_z
-
-        def sample(key: Key) -> tuple[Array, PyTree]:
-            u, rest, key_z = after(key)
-            return u, rest.sample(key_z)
-
         def log_prob(z: tuple[Array, PyTree]) -> Array:
             u, z = z
             return model.log_q(params, to_unit(x, u), z)
 
         def sample_and_log_prob(key: Key) -> tuple[tuple[Array, PyTree], Array]:
-            u, rest, key_z = after(key)
-            z, log_q = rest.sample_and_log_prob(key_z)
+            key_u, key_z = jax.random.split(key)
+            u = jax.random.uniform(key_u, x.shape)
+            z, log_q = q_at(model, params, to_unit(x, u)).sample_and_log_prob(key_z)
             return (u, z), log_q
 
-        return Distribution(sample, log_prob, sample_and_log_prob)
+        return Distribution(lambda key: sample_and_log_prob(key)[0], log_prob, sample_and_log_prob)
 
     def sample(key: Key, params: Params) -> tuple[Array, tuple[Array, PyTree]]:
         y, z = model.sample(key, params)

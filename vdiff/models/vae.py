@@ -182,11 +182,6 @@ def _with_prior(
         own, of_prior = split(params)
         first = q_at(base, own, x)
 
-        def sample(key: Key) -> tuple[Array, PyTree]:
-            key_z, key_u = jax.random.split(key)
-            z = first.sample(key_z)
-            return z, prior.sample_q(key_u, of_prior, z)
-
         def log_prob(z: tuple[Array, PyTree]) -> Array:
             z, u = z
             return first.log_prob(z) + prior.log_q(of_prior, z, u)
@@ -197,7 +192,7 @@ def _with_prior(
             u, log_q_u = q_at(prior, of_prior, z).sample_and_log_prob(key_u)
             return (z, u), log_q + log_q_u
 
-        return Distribution(sample, log_prob, sample_and_log_prob)
+        return Distribution(lambda key: sample_and_log_prob(key)[0], log_prob, sample_and_log_prob)
 
     def sample(key: Key, params: Params) -> tuple[Array, tuple[Array, PyTree]]:
         own, of_prior = split(params)
