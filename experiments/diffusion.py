@@ -74,6 +74,27 @@ PRESETS = {
             checkpoint_every=500,
         ),
     ),
+    "mnist_samples": (
+        "an hour of training on two cores: the same data, trained for samples and not for nats",
+        Config(
+            data="mnist",
+            log_snr_max=13.3,
+            log_snr_min=-8.0,
+            schedule="cosine",
+            weight="sigmoid",
+            prediction="velocity",
+            patch=2,
+            width=32,
+            depth=3,
+            num_steps=7000,
+            batch_size=64,
+            warmup_steps=100,
+            eval_times=32,
+            eval_images=1000,
+            log_every=50,
+            checkpoint_every=500,
+        ),
+    ),
     "latent": (
         "a minute: a diffusion as the prior of a VAE of the 8x8 digits, trained as one ELBO",
         Config(

@@ -38,8 +38,9 @@ class Config(runs.RunConfig):
     """Channels of the U-Net's finest level, doubled at each next; units of a layer of the others."""
     depth: int = 2
     """Levels of the U-Net, blocks of the transformer, hidden layers of the perceptron."""
-    patch: int = 2
-    """Side of the transformer's patches."""
+    patch: int | None = None
+    """Side of the squares of pixels that the network takes for one position: 2 in the transformer when not given, and 1
+    in the U-Net, for which 2 leaves out its costliest level."""
     prediction: Literal["level", "preconditioned", "velocity", "noise", "data"] = "level"
     """What the network gives: logits of each pixel's levels, or one of the readings in vdiff.predict."""
     reverse_variance: Literal["posterior", "beta", "learned"] = "posterior"
@@ -242,10 +243,17 @@ def _network(config: Config, shape: tuple[int, ...], levels: int) -> vd.Network:
     if config.network == "unet":
         features = tuple(config.width * 2**level for level in range(config.depth))
         coarsest = (config.depth - 1,)
-        net = nets.unet(shape, out_channels=channels, features=features, attention=coarsest, dtype=dtype)
+        net = nets.unet(
+            shape,
+            out_channels=channels,
+            features=features,
+            attention=coarsest,
+            patch=config.patch or 1,
+            dtype=dtype,
+        )
     else:
         heads = next(heads for heads in (4, 3, 2, 1) if config.width % heads == 0)
-        size = {"patch": config.patch, "width": config.width, "depth": config.depth, "heads": heads}
+        size = {"patch": config.patch or 2, "width": config.width, "depth": config.depth, "heads": heads}
         net = nets.dit(shape, out_channels=channels, dtype=dtype, **size)
     return diffusion.expected_level(net, levels) if config.prediction == "level" else net
 

@@ -89,6 +89,20 @@ def reference(params, z, log_snr, label, levels, num_blocks, attended):
     return convolve(p["Conv_1"], film_norm(p["_FilmNorm_0"], h, e))
 
 
+def test_patches_are_channels_of_a_smaller_image(key):
+    """A U-Net with patches is the U-Net of the image whose positions are patches, its output laid out again."""
+    z = jax.random.normal(key, (12, 6, 2))
+    net = unet((12, 6, 2), patch=3, out_channels=1, features=(8, 16))
+    inner = unet((4, 2, 18), out_channels=9, features=(8, 16))
+    params = draw_params(net)
+    gathered = np.asarray(z).reshape(4, 3, 2, 3, 2).transpose(0, 2, 1, 3, 4).reshape(4, 2, 18)
+    grid = jax.jit(inner.apply)(params, jnp.asarray(gathered), jnp.float32(1.0))
+    expected = np.asarray(grid).reshape(4, 2, 3, 3).transpose(0, 2, 1, 3).reshape(12, 6, 1)
+    out = jax.jit(net.apply)(params, z, jnp.float32(1.0))
+    assert out.shape == (12, 6, 1) and np.std(expected) > 0.1
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "features", "num_blocks", "attended", "num_labels", "out_channels"),
     [
@@ -234,6 +248,11 @@ def test_refusals(key):
             ValueError, match=r"attention: got levels \(.*\), expected some of 0 to 1, .*leave"
         ):
             unet((8, 8, 1), features=(8, 16), attention=levels)
+    for patch in (3, 0):
+        with pytest.raises(
+            ValueError, match=rf"patch: got {patch} for an image of \(8, 4\), .* one of \[1, 2, 4\]"
+        ):
+            unet((8, 4, 1), patch=patch)
     net = unet((8, 8, 1), num_labels=2, **SMALL)
     params, z = jax.eval_shape(net.init, key), jnp.zeros((8, 8, 1))
     for inputs, match in [

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from vdiff.nets.adapters import from_linen
 from vdiff.nets.attention import self_attention
 from vdiff.nets.norm import film, layer_norm
-from vdiff.nets.patches import patchify, unpatchify
+from vdiff.nets.patches import check_patch, patchify, unpatchify
 from vdiff.nets.time import TimeEmbedding, time_examples
 from vdiff.types import Key, Network
 
@@ -123,13 +123,7 @@ def dit(
     """
     if len(shape) != 3:
         raise ValueError(f"shape: got {tuple(shape)}, expected (H, W, C); add a channel axis")
-    side = math.gcd(*shape[:2])
-    if patch < 1 or side % patch:
-        fits = [n for n in range(1, side + 1) if side % n == 0]
-        raise ValueError(
-            f"patch: got {patch} for an image of {tuple(shape[:2])}, expected a divisor of both sides; use one "
-            f"of {fits}, or pad the image"
-        )
+    check_patch(patch, shape)
     if heads < 1 or width % heads:
         raise ValueError(
             f"heads: got {heads} for width {width}, expected a divisor of the width; use {math.gcd(heads, width)}"

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from vdiff.nets.adapters import from_linen
 from vdiff.nets.attention import self_attention
 from vdiff.nets.norm import film, group_norm
-from vdiff.nets.patches import patchify, unpatchify
+from vdiff.nets.patches import check_patch, patchify, unpatchify
 from vdiff.nets.time import TimeEmbedding, time_examples
 from vdiff.types import Network
 
@@ -66,6 +66,7 @@ class _UNet(nn.Module):
     features: tuple[int, ...]
     num_blocks: int
     attention: tuple[int, ...]
+    patch: int
     num_labels: int
     dtype: DTypeLike
 
@@ -76,7 +77,7 @@ class _UNet(nn.Module):
     @nn.compact
     def __call__(self, z: Array, log_snr: Array, *label: Array) -> Array:
         e = TimeEmbedding(4 * self.features[0], self.num_labels)(log_snr, *label).astype(self.dtype)
-        h = nn.Conv(self.features[0], (3, 3), dtype=self.dtype)(z)
+        h = nn.Conv(self.features[0], (3, 3), dtype=self.dtype)(patchify(z, self.patch))
         levels, skips = range(len(self.features)), []
         for level in levels:
             if level:
@@ -95,8 +96,9 @@ class _UNet(nn.Module):
                 height, width, _ = skips[-1].shape
                 h = h[:height, :width]
         h = _FilmNorm(self.dtype)(h, e)
-        out = nn.Conv(self.out_channels, (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)
-        return out.astype(jnp.float32)
+        size = self.patch**2 * self.out_channels
+        out = nn.Conv(size, (3, 3), dtype=self.dtype, kernel_init=ZERO)(h)
+        return unpatchify(out, self.patch).astype(jnp.float32)
 
 
 def unet(
@@ -106,15 +108,16 @@ def unet(
     features: Sequence[int] = (16, 32, 64),
     num_blocks: int = 1,
     attention: Sequence[int] = (-1,),
+    patch: int = 1,
     num_labels: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> Network:
     """Build residual convolutions on ever coarser grids and back, joined by skip connections.
 
-    Level 0 has the image's own size and each level half of the one before, odd sizes rounded up (28, 14, 7,
-    4). Each block is  h + conv(silu(film(norm(conv(silu(film(norm(h))))))), with scale and shift of both
-    norms from the log-SNR and the label. Between levels four pixels become one and one becomes four, each
-    by a matrix product. The last layer starts at zero, and so does the output.
+    Level 0 has the image's own size, or one position for each patch, and each level half of the one before, odd
+    sizes rounded up (28, 14, 7, 4). Each block is  h + conv(silu(film(norm(conv(silu(film(norm(h))))))),  with scale
+    and shift of both norms from the log-SNR and the label. Between levels four pixels become one and one becomes
+    four, each by a matrix product. The last layer starts at zero, and so does the output.
 
     Args:
         shape: (H, W, C) of z, any H and W.
@@ -124,6 +127,8 @@ def unet(
         attention: levels whose blocks are each followed by self-attention, e.g. `(1, 2)`, or counted from
             the coarsest, `(-1,)`; `()` for none. Its time grows with the square of the positions: on a CPU
             it is nothing at 7 x 7 and a third of the network's at 14 x 14.
+        patch: side of the squares of pixels that level 0 takes for one position, a divisor of H and W. With 2 the
+            costliest level is gone, and each of the others may be wider for the same time.
         num_labels: number of classes; with 0 the network takes no label.
         dtype: of the computation inside; parameters, input and output are float32 all the same.
 
@@ -132,8 +137,8 @@ def unet(
         `apply(params, z, log_snr, label)`, an int32 scalar of which `num_labels` means "no label".
 
     Raises:
-        ValueError: if `shape` is not (H, W, C), `features` is empty, `num_blocks` below 1, or `attention`
-            names a level that is not there.
+        ValueError: if `shape` is not (H, W, C), `features` is empty, `num_blocks` below 1, `attention` names a
+            level that is not there, or `patch` does not divide H and W.
 
     Source:
         Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, appendix B; Dhariwal and
@@ -151,7 +156,8 @@ def unet(
             f"attention: got levels {tuple(attention)}, expected some of 0 to {levels[-1]}, one for each of "
             f"features, or -1 to {-len(levels)} from the coarsest; leave the others out"
         )
+    check_patch(patch, shape)
     channels = shape[-1] if out_channels is None else out_channels
     attended = tuple(levels[level] for level in attention)
-    module = _UNet(channels, tuple(features), num_blocks, attended, num_labels, dtype)
+    module = _UNet(channels, tuple(features), num_blocks, attended, patch, num_labels, dtype)
     return from_linen(module, jnp.zeros(tuple(shape)), *time_examples(num_labels))
