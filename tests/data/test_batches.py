@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from vdiff.data import batches
+from vdiff.data import Rows, batches
+from vdiff.data.permutations import drawn, keyed
 
 NUM_IMAGES = 10
 
@@ -95,12 +96,66 @@ def test_steps_may_be_numpy_integers():
         ((images(), 2.5, 0), TypeError, r"batch_size: got 2\.5, expected an integer"),
         ((images(), 2, -1), ValueError, "seed: got -1, expected an integer of at least 0"),
         ((images()[:0], 2, 0), ValueError, r"images: got shape \[0, 2, 3, 1\], expected \[N, ...\]"),
-        (((images(), images()), 2, 0), TypeError, "images: got tuple, expected one NumPy array"),
+        (((images(), images()), 2, 0), TypeError, "images: got tuple, expected one NumPy array, or Rows"),
+        ((np.zeros(()), 2, 0), ValueError, r"images: got shape \[\], expected"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, line, unchecked):
     with pytest.raises(error, match=line):
         batches(*arguments)
+
+
+@pytest.mark.parametrize("permutation", [drawn, keyed])
+@pytest.mark.parametrize(("batch_size", "count"), [(6, 2), (6, 3), (4, 4), (24, 2), (12, 1)])
+def test_the_shares_of_all_hosts_are_the_batch_of_one(batch_size, count, permutation):
+    # Ten images: shares straddle epochs, and of a batch of 24 each spans several.
+    settings = {"seed": 2, "permutation": permutation}
+    alone = batches(images(), batch_size, **settings)
+    hosts = [batches(images(), batch_size, **settings, share=(index, count)) for index in range(count)]
+    for step in (0, 1, 7, 3):
+        parts = [host(step) for host in hosts]
+        assert {len(part) for part in parts} == {batch_size // count}
+        assert (np.concatenate(parts) == alone(step)).all()
+
+
+@pytest.mark.parametrize("permutation", [drawn, keyed])
+def test_a_host_reads_its_own_share_and_no_other_row(permutation):
+    asked = []
+
+    def read(indices):
+        asked.append(indices.tolist())
+        return images()[indices]
+
+    rows = Rows(images().shape, images().dtype, read)
+    host = batches(rows, 6, seed=2, share=(1, 3), permutation=permutation)
+    got = np.concatenate([host(step)[:, 0, 0, 0] for step in range(5)])
+    assert asked == got.reshape(5, 2).tolist()
+    epochs = np.concatenate([permutation(2, epoch, NUM_IMAGES)(np.arange(NUM_IMAGES)) for epoch in range(3)])
+    assert (got == epochs.reshape(5, 3, 2)[:, 1].ravel()).all()
+
+
+def test_keyed_epochs_visit_every_image_once_and_resume():
+    batch = batches(images(), 3, seed=0, permutation=keyed)
+    epochs = stream(batch, 20).reshape(-1, NUM_IMAGES)
+    assert (np.sort(epochs, axis=1) == np.arange(NUM_IMAGES)).all()
+    again = batches(images(), 3, seed=0, permutation=keyed)
+    assert (again(17)[:, 0, 0, 0] == epochs.ravel()[51:54]).all()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "share", "error", "line"),
+    [
+        (128, (0, 3), ValueError, "batch_size: got 128 for 3 hosts, .* multiple of 3; .* of 126 or 129"),
+        (2, (0, 3), ValueError, "batch_size: got 2 for 3 hosts, .*; use a batch size of 3$"),
+        (6, (3, 3), ValueError, r"share: got host 3 of 3, expected an index of 0\.\.2"),
+        (6, (-1, 3), ValueError, "share: index: got -1"),
+        (6, (0, 0), ValueError, "share: count: got 0, expected an integer of at least 1"),
+        (6, (0.0, 1), TypeError, r"share: index: got 0\.0, expected an integer"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(batch_size, share, error, line, unchecked):
+    with pytest.raises(error, match=line):
+        batches(images(), batch_size, 0, share=share)
 
 
 def test_a_negative_step_is_refused():

@@ -36,6 +36,15 @@ def test_a_datum_gets_its_own_key_whatever_the_batch(key, batch_size):
     np.testing.assert_allclose(out["pair"][1], noise, rtol=1e-6)
 
 
+def test_rows_are_judged_as_an_array_is_and_read_batch_by_batch(key):
+    asked = []
+    rows = vd.data.Rows(DATA.shape, DATA.dtype, lambda indices: asked.append(len(indices)) or DATA[indices])
+    out = vd.evaluate.evaluate(noisy, key, PARAMS, rows[:20], batch_size=7)
+    whole = vd.evaluate.evaluate(noisy, key, PARAMS, DATA[:20], batch_size=7)
+    jax.tree.map(np.testing.assert_array_equal, out, whole)
+    assert asked == [7, 7, 7]
+
+
 def test_the_batch_size_does_not_change_a_vaes_evaluation(key):
     """Keys do not depend on the batches; products of another size may round another way, hence 1e-6."""
     model = vd.vae(

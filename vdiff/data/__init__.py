@@ -1,7 +1,10 @@
 """Images as integers, on the host: data sets, their files, and batches that are a function of the step."""
 
+from vdiff.data import permutations as permutations
 from vdiff.data.batches import batches as batches
 from vdiff.data.fetch import fetch as fetch
+from vdiff.data.rows import Rows as Rows
+from vdiff.data.rows import from_source as from_source
 from vdiff.data.sets import Dataset as Dataset
 from vdiff.data.sets import check_images as check_images
 from vdiff.data.sets import load as load

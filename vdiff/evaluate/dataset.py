@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vdiff.data.rows import Rows
 from vdiff.types import Key, Params, PyTree, check_key
 
 
@@ -35,7 +36,7 @@ def evaluate(
     evaluator: Callable[[Key, Params, PyTree], PyTree],
     key: Key,
     params: Params,
-    data: np.ndarray,
+    data: np.ndarray | Rows,
     *,
     batch_size: int = 100,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -49,7 +50,7 @@ def evaluate(
         evaluator: `(key, params, x) -> PyTree`, e.g. `importance_log_prob(model, 5000)` or `total(o)`.
         key: a typed key.
         params: the model's parameters.
-        data: [N, ...].
+        data: [N, ...], an array, or `Rows` that are read batch by batch.
         batch_size: how many data are evaluated at once.
         on_progress: called with the number of data done.
 
