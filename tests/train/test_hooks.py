@@ -15,6 +15,7 @@ import rich
 from tensorboardX.proto.event_pb2 import Event
 
 import vdiff as vd
+from vdiff.train.guard import skip_nonfinite, unguarded
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_diverged, tensorboard, write_metrics
 
 STATE = vd.TrainState(*[None] * 5)
@@ -141,11 +142,14 @@ def test_divergence_is_told_by_step_and_metric(bad):
         hook.call(18, STATE, {"objective": -1.0, "kl": bad})
 
 
-def test_a_fit_that_diverges_stops_at_the_next_look():
-    """One NaN at step 5 of 12 is still seen in the mean over steps 5 to 8, and no later hook runs."""
+@pytest.mark.parametrize("guard", [unguarded, skip_nonfinite])
+def test_a_fit_that_diverges_stops_at_the_next_look(guard):
+    """One NaN at step 5 of 12 is still seen in the metrics of steps 5 to 8, and no later hook runs."""
     optimizer = optax.sgd(0.0)
     model = vd.Model(lambda key: vd.Params(theta=jnp.ones(())), *[None] * 4)
-    step = vd.jit_step(vd.make_train_step(lambda key, params, x: {"v": params.theta * x}, optimizer))
+    step = vd.jit_step(
+        vd.make_train_step(lambda key, params, x: {"v": params.theta * x}, optimizer, guard=guard)
+    )
     asked, saved = [], []
 
     def batches(i):
@@ -154,7 +158,7 @@ def test_a_fit_that_diverges_stops_at_the_next_look():
 
     hooks = [stop_if_diverged(every=4), vd.Hook(4, lambda step, state, metrics: saved.append(step))]
     state = vd.init_state(jax.random.key(0), model, optimizer)
-    with pytest.raises(DivergedError, match="step 8: .*'v': nan"):
+    with pytest.raises(DivergedError, match="step 8: .*v': nan"):
         vd.fit(state, step, batches, 12, hooks=hooks)
     assert asked == list(range(8)) and saved == [4]
 

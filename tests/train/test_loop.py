@@ -83,7 +83,7 @@ def test_hooks_get_their_steps_states_and_means(step, record, steps_per_call):
         before = 0
         for at, state_leaves, metrics in made:
             rows = [record[i][0] for i in range(before + 1, at + 1)]
-            assert set(metrics) == {"fit", "pull", "objective", "grad_norm"}
+            assert set(metrics) == {"fit", "pull", "objective", "grad_norm", "skipped"}
             for name, value in metrics.items():
                 assert type(value) is float
                 expected = np.mean([row[name] for row in rows])

@@ -89,6 +89,7 @@ def test_step_ascends_the_mean_gradient_and_reports_it(batch):
     np.testing.assert_allclose(state.params.theta, theta + RATE * grad, rtol=2e-6)
     fit, pull = -np.mean(np.sum((x - theta) ** 2, axis=1)), 3 * np.mean(np.sum(x**2 * theta, axis=1))
     expected = {"fit": fit, "pull": pull, "objective": fit + pull, "grad_norm": np.linalg.norm(grad)}
+    expected["skipped"] = 0.0
     assert set(metrics) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(float(metrics[name]), value, rtol=2e-6, err_msg=name)
@@ -240,9 +241,11 @@ def test_many_steps_are_single_steps_and_the_rest_is_ignored(count):
         record.append(row)
     assert int(state.step) == count
     equal(state, single)
-    for name in ("fit", "objective", "grad_norm"):
-        mean = np.mean([float(row[name]) for row in record])
-        np.testing.assert_allclose(float(metrics[name]), mean, rtol=1e-6, err_msg=name)
+    assert set(metrics) == {"fit", "objective", "grad_norm", "skipped"}
+    for name, values in metrics.items():
+        assert values.shape == (5,)
+        alone = [float(row[name]) for row in record]
+        np.testing.assert_allclose(values[:count], alone, rtol=1e-6, err_msg=name)
 
 
 def test_many_steps_of_one_is_the_step_itself():

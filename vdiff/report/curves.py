@@ -1,6 +1,7 @@
 """Training curves: the rows of `metrics.jsonl`, and one picture of how a run learned."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ def load_metrics(path: Path | str) -> list[dict[str, object]]:
         path: a file with one JSON object a line.
 
     Returns:
-        One dict a line.
+        One dict a line; null, a number that was not finite, is NaN.
 
     Raises:
         ValueError: if any line but a last one cut short is not a JSON object.
@@ -35,7 +36,7 @@ def load_metrics(path: Path | str) -> list[dict[str, object]]:
         except json.JSONDecodeError:
             row = None
         if isinstance(row, dict):
-            rows.append(row)
+            rows.append({name: math.nan if value is None else value for name, value in row.items()})
         elif number < len(lines):  # a line that ends in a newline was written whole
             raise ValueError(
                 f"{path}, line {number}: got {line[:60]!r}, expected a JSON object; delete that line"
@@ -61,7 +62,8 @@ def training_curves(
         path: the PNG to write.
         bound: the name of the bound; where no row has it, "objective" is drawn. `test_` before it names its
             value on test data, in the same panel.
-        terms: the names of its terms; by default every other name but "objective", "seconds" and "test_...".
+        terms: the names of its terms; by default every other name but "objective", "seconds", "test_..." and what
+            is told of skipped steps.
         unit: of the bound and of its terms, e.g. "nats" a datum.
 
     Returns:
@@ -77,7 +79,7 @@ def training_curves(
     known = ("step", "seconds", "grad_norm", "objective", bound)
     names = dict.fromkeys(name for row in rows for name in row if isinstance(row[name], int | float))
     if terms is None:
-        terms = [name for name in names if name not in known and not name.startswith("test_")]
+        terms = [name for name in names if name not in known and not name.startswith(("test_", "skipped"))]
     panels = [(f"{name}, {unit}", [name, f"test_{name}"]) for name in terms]
     train = bound if bound in names or "objective" not in names else "objective"
     panels.insert(0, (f"{train}, {unit}", [train, f"test_{bound}"]))

@@ -24,8 +24,9 @@ class Hook(NamedTuple):
     Attributes:
         every: how many steps lie between two calls.
         call: `(step, state, metrics) -> None or more metrics`; metrics are floats, means over the steps since
-            this hook's last call. What it returns is added to the metrics of the hooks after it. The state's
-            buffers are donated to the next step: copy what is kept.
+            this hook's last call. Steps whose update was skipped are left out of the means, which are NaN where all
+            were; "skipped" is their share, and "skipped/NAME" what the last of them had. What it returns is added to
+            the metrics of the hooks after it. The state's buffers are donated to the next step: copy what is kept.
     """
 
     every: int
@@ -75,7 +76,7 @@ def fit(
 
     done = int(state.step)
     on_device: list[tuple[int, Metrics]] = []
-    since_call: list[list[tuple[int, dict[str, float]]]] = [[] for _ in hooks]
+    since_call: list[list[dict[str, np.ndarray]]] = [[] for _ in hooks]
     is_last = done >= num_steps
     while not is_last:
         ends = [done - done % hook.every + hook.every for hook in hooks]
@@ -88,7 +89,10 @@ def fit(
         due = [i for i, hook in enumerate(hooks) if is_last or done % hook.every == 0]
         if not due:
             continue
-        fetched = [(n, jax.tree.map(float, metrics)) for n, metrics in jax.device_get(on_device)]
+        fetched = [
+            {name: np.atleast_1d(values)[:n] for name, values in metrics.items()}
+            for n, metrics in jax.device_get(on_device)
+        ]
         on_device = []
         for pending in since_call:
             pending.extend(fetched)
@@ -144,8 +148,19 @@ def _stack(batches: list[PyTree], length: int) -> PyTree:
     return jax.tree.map(stack, *batches)
 
 
-def _mean(pending: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Average metrics of several calls, each weighted by its number of steps."""
-    total = sum(count for count, _ in pending)
-    names = pending[0][1] if pending else ()
-    return {name: sum(count * metrics[name] for count, metrics in pending) / total for name in names}
+def _mean(calls: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Average the metrics of several calls over the steps that made their update; tell of the others apart."""
+    names = calls[0] if calls else {}
+    rows = {name: np.concatenate([call[name] for call in calls]).astype(np.float64) for name in names}
+    skipped = rows.pop("skipped", None)
+    if skipped is None:
+        return {name: float(np.mean(values)) for name, values in rows.items()}
+    is_kept = skipped == 0
+    means = {
+        name: float(np.mean(values[is_kept])) if any(is_kept) else np.nan for name, values in rows.items()
+    }
+    means["skipped"] = float(np.mean(skipped))
+    if not all(is_kept):
+        newest = np.flatnonzero(~is_kept)[-1]
+        means |= {f"skipped/{name}": float(values[newest]) for name, values in rows.items()}
+    return means

@@ -2,7 +2,7 @@ r"""One training step: `(state, batch) -> (state, metrics)`, pure.
 
     keys:       key_i = fold_in(fold_in(run key, step), i), i the position in the GLOBAL batch
     loss:       - combine( mean over the batch of the objective's terms )
-    update:     Optax, then an exponential moving average of the parameters
+    update:     Optax, then an exponential moving average of the parameters; none where a number is not finite
 
 A key belongs to a position, not to a device, so one device and eight compute the same numbers.
 """
@@ -17,9 +17,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from vdiff.objectives import Scheduled, sum_terms
+from vdiff.train.guard import NOTHING_SKIPPED, Guard, Guarding, Metrics, skip_nonfinite
 from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, check_key
 
-Metrics = dict[str, Float[Array, ""]]
 TrainStep = Callable[["TrainState", PyTree], tuple["TrainState", Metrics]]
 
 
@@ -27,12 +27,13 @@ class TrainState(NamedTuple):
     """Hold all that a run is, so that a saved state resumes it exactly.
 
     Attributes:
-        step: how many updates were made, int32; the data order is a function of it.
+        step: how many steps were made, int32; the data order is a function of it.
         params: what is trained.
         ema: exponential moving average of params, for evaluation and samples.
         opt_state: Optax's state.
         key: the run's typed key; never changes.
         aux: what no gradient can train, one slot per position in the global batch; usually `()`.
+        guard: how many updates were skipped, and which was the last.
     """
 
     step: Int[Array, ""]
@@ -41,6 +42,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     key: Key
     aux: PyTree = ()
+    guard: Guard = NOTHING_SKIPPED
 
 
 def init_state(key: Key, model: ModelLike, optimizer: optax.GradientTransformation) -> TrainState:
@@ -62,7 +64,8 @@ def init_state(key: Key, model: ModelLike, optimizer: optax.GradientTransformati
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), jax.jit(model.init)(key_init))
     # A copy, since a donated state must not hold one buffer twice.
     ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run)
+    guard = jax.tree.map(jnp.asarray, NOTHING_SKIPPED)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run, guard=guard)
 
 
 def per_example(objective: Objective) -> Callable[..., tuple[Terms, PyTree]]:
@@ -127,6 +130,7 @@ def make_train_step(
     combine: Callable[[Terms], Float[Array, ""]] = sum_terms,
     ema_decay: float = 0.999,
     axis_name: str | None = None,
+    guard: Guarding = skip_nonfinite,
 ) -> TrainStep:
     """Make the step that raises an objective.
 
@@ -139,10 +143,12 @@ def make_train_step(
         combine: `(mean Terms over the batch) -> []`, what is raised; a nonlinear one gives, e.g., free bits.
         ema_decay: decay of the moving average, in [0, 1).
         axis_name: the mapped axis under `pmap_step`; None under `jit_step`.
+        guard: `(state before, state after, metrics, grads) -> (state, metrics)`, what becomes of an update;
+            `unguarded` makes every one.
 
     Returns:
         `(state, batch [B, ...]) -> (state, metrics)`; metrics are the mean terms, "objective" (their
-        combination) and "grad_norm".
+        combination), "grad_norm" and "skipped", 1 where no update was made, else 0.
 
     Raises:
         ValueError: if `ema_decay` is outside [0, 1); at trace time, if the batch's leaves differ in length.
@@ -173,7 +179,8 @@ def make_train_step(
         decay = jnp.minimum(ema_decay, (1.0 + time) / (10.0 + time))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay)
         metrics = {**terms, "objective": -negative, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state, state.key, aux), metrics
+        new = TrainState(state.step + 1, params, ema, opt_state, state.key, aux, state.guard)
+        return guard(state, new, metrics, grads)
 
     return train_step
 
@@ -186,23 +193,23 @@ def many_steps(step: TrainStep) -> Callable[[TrainState, PyTree, Array], tuple[T
 
     Returns:
         `(state, batches [n, B, ...], count) -> (state, metrics)`: takes the first `count` of n batches; count
-        is traced, so that a short last call compiles nothing. Metrics are means over the steps taken. With
-        n = 1 there is no loop.
+        is traced, so that a short last call compiles nothing. Metrics are [n], one for each step, with zeros after the
+        first `count`; with n = 1 there is no loop, and they are [].
     """
 
     def take(state: TrainState, batches: PyTree, count: Int[Array, ""]) -> tuple[TrainState, Metrics]:
         def body(i: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-            state, totals = carry
+            state, rows = carry
             state, metrics = step(state, jax.tree.map(lambda leaf: leaf[i], batches))
-            return state, jax.tree.map(jnp.add, totals, metrics)
+            return state, jax.tree.map(lambda row, value: row.at[i].set(value), rows, metrics)
 
         first = jax.tree.map(lambda leaf: leaf[0], batches)
-        if _batch_size(batches) == 1:
+        num_steps = _batch_size(batches)
+        if num_steps == 1:
             return step(state, first)
         shapes = jax.eval_shape(step, state, first)[1]
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        state, totals = jax.lax.fori_loop(0, count, body, (state, zeros))
-        return state, jax.tree.map(lambda leaf: leaf / count.astype(leaf.dtype), totals)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((num_steps, *leaf.shape), leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, count, body, (state, zeros))
 
     return take
 
