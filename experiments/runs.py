@@ -47,6 +47,8 @@ class RunConfig:
     """Data per step, over all devices."""
     learning_rate: float = 1e-3
     """Peak learning rate of Adam; decays by a cosine to zero."""
+    clip: float = 200.0
+    """Norm at which the gradient is clipped; the default is rarely met."""
     ema_decay: float = 0.999
     """Decay of the moving average of the parameters, which evaluation and pictures use."""
     parallel: Literal["jit", "pmap"] = "jit"
@@ -55,6 +57,10 @@ class RunConfig:
     """Steps between two rows of metrics."""
     checkpoint_every: int = 1000
     """Steps between two checkpoints."""
+    max_skips: int = 20
+    """Updates in a row that may be skipped, for a loss or gradient that is not finite, before the run ends with 3."""
+    debug_nans: bool = False
+    """Stop at the first operation that makes a NaN and name it; slow."""
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -132,13 +138,15 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         ValueError: if a count is less than one (a few may be zero), or a rate is out of its range.
     """
-    may_be_zero = {"seed", "warmup_steps", "encoder_hidden"}
+    may_be_zero = {"seed", "warmup_steps", "encoder_hidden", "debug_nans"}
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
         if isinstance(value, int) and value < least:
             raise ValueError(f"{field.name}: got {value}, expected at least {least}")
     if not (config.learning_rate > 0 and np.isfinite(config.learning_rate)):
         raise ValueError(f"learning_rate: got {config.learning_rate}, expected a positive number, e.g. 1e-3")
+    if not config.clip > 0:
+        raise ValueError(f"clip: got {config.clip}, expected a positive norm, e.g. 200")
 
 
 def open_run(config: RunConfig) -> Path:
@@ -173,6 +181,8 @@ def open_run(config: RunConfig) -> Path:
         raise ValueError(f"{record}: got a damaged file, expected JSON; choose another --run-dir") from error
     if config.resume == "never":
         raise ValueError(f"resume: got never, but {directory} holds a run; choose another --run-dir")
+    # A setting that came after the run has the value that the run had without it.
+    saved = {"clip": RunConfig.clip} | saved
     different = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
     if different:
         changes = ", ".join(f"{name} {saved.get(name)!r} -> {settings.get(name)!r}" for name in different)
@@ -184,9 +194,9 @@ def open_run(config: RunConfig) -> Path:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """List the settings that make a run what it is: not where it lies, nor how often it reports."""
+    """List the settings that make a run what it is: not where it lies, nor when it gives up or looks closer."""
     settings = dataclasses.asdict(config)
-    for name in ("run_dir", "resume"):
+    for name in ("run_dir", "resume", "max_skips", "debug_nans"):
         settings.pop(name)
     return json.loads(json.dumps(settings, default=str))
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import vdiff as vd
 from experiments import runs
-from vdiff.train.hooks import progress_bar, stop_if_diverged, tensorboard, write_metrics
+from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
 
 
 def optimizer_of(config: runs.RunConfig, *, rise_steps: int = 0) -> optax.GradientTransformation:
-    """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at a norm that is rarely met.
+    """Make Adam with a rate that falls to zero by a cosine, its gradient clipped at the norm `config.clip`.
 
     What an estimator learns is clipped by itself: the gradient of a variance may be large, and would drown the model's.
 
@@ -34,7 +35,7 @@ def optimizer_of(config: runs.RunConfig, *, rise_steps: int = 0) -> optax.Gradie
             config.learning_rate / (rise_steps + 1), config.learning_rate, rise_steps
         )
         rate = optax.join_schedules([rise, fall], [rise_steps])
-    clipped_adam = optax.chain(optax.clip_by_global_norm(200.0), optax.adam(rate))
+    clipped_adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(rate))
     parts = vd.Params(theta="model", phi="model", lam="model", cv="cv")
     return optax.partition({"model": clipped_adam, "cv": clipped_adam}, parts)
 
@@ -68,7 +69,7 @@ def train(
     Raises:
         Refused: if the input does not fit, or the checkpoint cannot be read.
         runs.Stopped: if a signal came; the state is saved.
-        DivergedError: if the objective is no longer finite.
+        DivergedError: if too many updates in a row were skipped; the last good state is saved.
     """
     checkpoints = directory / "checkpoints"
     with runs.refusing():
@@ -106,17 +107,42 @@ def train(
         rows = write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every)
         saving = vd.checkpoint_every(config.checkpoint_every, checkpoints)
         all_hooks = (
-            stop_if_diverged(every=math.gcd(config.log_every, config.checkpoint_every)),
+            stop_if_skipping(
+                config.max_skips,
+                every=math.gcd(config.log_every, config.checkpoint_every),
+                save=saving.call,
+            ),
             *hooks,
             bar,
             rows,
             events,
             saving,
         )
-        state = vd.fit(state, step, batches, config.num_steps, hooks=all_hooks, should_stop=stop)
+        with naming_nans() if config.debug_nans else contextlib.nullcontext():
+            state = vd.fit(
+                state,
+                step,
+                batches,
+                config.num_steps,
+                hooks=all_hooks,
+                steps_per_call=1 if config.debug_nans else None,
+                should_stop=stop,
+            )
     if stop() and int(state.step) < config.num_steps:
         raise runs.Stopped(stop.number)
     return state
+
+
+@contextlib.contextmanager
+def naming_nans() -> Iterator[None]:
+    """Let JAX look at every result, and turn the first NaN into a `DivergedError` that says where it was made."""
+    try:
+        with jax.debug_nans(True):  # noqa: FBT003
+            yield
+    except FloatingPointError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        made = [frame for frame in frames if not frame.filename.startswith(jax.__path__[0])][-1]
+        raise DivergedError(f"got {error}, made at {made.filename}:{made.lineno} by `{made.line}`") from error
 
 
 def held_out(

@@ -58,6 +58,20 @@ def test_open_run_refuses_another_run_and_names_what_differs(tmp_path):
     assert files(tmp_path) == before
 
 
+def test_a_closer_look_is_the_same_run_and_another_clip_is_not(tmp_path):
+    """Also where the run began before it could be set."""
+    runs.open_run(Config(run_dir=tmp_path / "run"))
+    runs.open_run(Config(run_dir=tmp_path / "run", debug_nans=True, max_skips=3))
+    record = tmp_path / "run/config.json"
+    settings = json.loads(record.read_text())
+    assert settings.pop("clip") == 200.0 and "max_skips" not in settings
+    for saved in (settings, settings | {"clip": 200.0}):
+        record.write_text(json.dumps(saved))
+        runs.open_run(Config(run_dir=tmp_path / "run"))
+        with pytest.raises(ValueError, match=r"another run \(clip 200.0 -> 1.0\)"):
+            runs.open_run(Config(run_dir=tmp_path / "run", clip=1.0))
+
+
 def test_open_run_refuses_a_folder_of_other_files(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="holds files but no run"):
@@ -89,6 +103,9 @@ def test_check_settings():
         ({"seed": -1}, "seed: got -1, expected at least 0"),
         ({"learning_rate": 0.0}, "learning_rate: got 0.0, expected a positive number"),
         ({"learning_rate": float("nan")}, "learning_rate: got nan"),
+        ({"clip": 0.0}, "clip: got 0.0, expected a positive norm"),
+        ({"clip": float("nan")}, "clip: got nan"),
+        ({"max_skips": 0}, "max_skips: got 0, expected at least 1"),
     ]:
         with pytest.raises(ValueError, match=line):
             runs.check_settings(Config(**changes))
@@ -169,7 +186,10 @@ def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path, capsys):
 
 def test_divergence_ends_with_code_3(tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"):
-        assert runs.exit_code(vae.run, tiny(tmp_path / "run", learning_rate=1e30, num_steps=20)) == 3
+        assert (
+            runs.exit_code(vae.run, tiny(tmp_path / "run", learning_rate=1e30, num_steps=20, max_skips=3))
+            == 3
+        )
     assert "diverged step" in capsys.readouterr().err
 
 

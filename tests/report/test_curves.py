@@ -15,6 +15,13 @@ def test_load_metrics_reads_every_line(tmp_path):
     assert curves.load_metrics(path) == rows
 
 
+def test_load_metrics_reads_null_as_a_number_that_is_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "elbo": null, "kl": -2.0}\n')
+    (row,) = curves.load_metrics(path)
+    assert np.isnan(row.pop("elbo")) and row == {"step": 1, "kl": -2.0}
+
+
 @pytest.mark.parametrize("tail", [b'{"step": 2, "el', b"{", b'{"step": 2, "name": "\xc3'])
 def test_load_metrics_ignores_a_last_line_cut_short(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
@@ -63,6 +70,11 @@ def test_curves_have_a_panel_for_the_bound_each_term_and_the_gradient(monkeypatc
     assert axes[titles[3]].get_yscale() == "log"
     chosen = draw(monkeypatch, run_rows(), terms=["kl"])
     assert list(chosen) == [titles[0], *titles[2:]]
+
+
+def test_skipped_steps_have_no_panel(monkeypatch):
+    rows = [row | {"skipped": 0.5, "skipped/kl": -20.0, "skipped/elbo": np.nan} for row in run_rows()]
+    assert list(draw(monkeypatch, rows)) == list(draw(monkeypatch, run_rows()))
 
 
 def test_the_objective_stands_for_a_bound_that_is_only_in_its_terms(monkeypatch):

@@ -16,7 +16,14 @@ from tensorboardX.proto.event_pb2 import Event
 
 import vdiff as vd
 from vdiff.train.guard import skip_nonfinite, unguarded
-from vdiff.train.hooks import DivergedError, progress_bar, stop_if_diverged, tensorboard, write_metrics
+from vdiff.train.hooks import (
+    DivergedError,
+    progress_bar,
+    stop_if_diverged,
+    stop_if_skipping,
+    tensorboard,
+    write_metrics,
+)
 
 STATE = vd.TrainState(*[None] * 5)
 
@@ -161,6 +168,84 @@ def test_a_fit_that_diverges_stops_at_the_next_look(guard):
     with pytest.raises(DivergedError, match="step 8: .*v': nan"):
         vd.fit(state, step, batches, 12, hooks=hooks)
     assert asked == list(range(8)) and saved == [4]
+
+
+def test_rows_are_json_where_numbers_are_none(tmp_path):
+    """NaN and infinity are no JSON: null in the file, NaN to who reads it."""
+    hook = write_metrics(tmp_path / "m.jsonl", every=1)
+    hook.call(1, STATE, {"objective": math.nan, "kl": -math.inf, "fit": -1.5})
+    (row,) = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "m.jsonl").open()]
+    assert row["objective"] is None and row["kl"] is None and row["fit"] == -1.5
+    (row,) = vd.report.load_metrics(tmp_path / "m.jsonl")
+    assert math.isnan(row["objective"]) and math.isnan(row["kl"]) and row["fit"] == -1.5
+
+
+def test_tensorboard_gets_the_numbers_that_are_some(tmp_path):
+    with tensorboard(tmp_path) as hook:
+        hook.call(7, STATE, {"objective": math.nan, "kl": -0.25})
+    assert events(tmp_path) == [(7, "kl", -0.25)]
+
+
+def skipping(at, num_steps, hooks):
+    """A fit whose batch has a NaN at the steps `at`, counted from 0; terms "fit" and, without x, "pull"."""
+    optimizer = optax.sgd(0.1)
+    theta = {"Dense_0": {"kernel": jnp.ones(2)}, "scale": jnp.ones(2)}
+    model = vd.Model(lambda key: vd.Params(theta=theta), *[None] * 4)
+
+    def objective(key, params, x):
+        kernel = params.theta["Dense_0"]["kernel"]
+        return {"fit": -jnp.sum(x * jnp.square(kernel)), "pull": -jnp.sum(jnp.square(params.theta["scale"]))}
+
+    def batches(i):
+        return np.full((4, 2), np.nan if i in at else 1.0, np.float32)
+
+    state = vd.init_state(jax.random.key(0), model, optimizer)
+    return vd.fit(
+        state, vd.jit_step(vd.make_train_step(objective, optimizer)), batches, num_steps, hooks=hooks
+    )
+
+
+def test_skipped_updates_are_told_by_step_terms_and_leaf():
+    """Once, at the look after it; pull is finite and not accused, nor is the leaf that only it reaches."""
+    lines = []
+    skipping([4], 12, [stop_if_skipping(2, every=3, tell=lines.append)])
+    assert lines == [
+        "step 5: update skipped, fit nan, grad_norm nan, objective nan, the gradient of theta.Dense_0.kernel "
+        "(0 in a row, 1 in all)"
+    ]
+
+
+def test_skips_that_end_leave_the_run_alone():
+    lines = []
+    hook = stop_if_skipping(3, every=1, tell=lines.append)
+    state = skipping([1, 2, 5, 6], 9, [hook])
+    assert [line.split("(")[1] for line in lines] == [
+        "1 in a row, 1 in all)",
+        "2 in a row, 2 in all)",
+        "1 in a row, 3 in all)",
+        "2 in a row, 4 in all)",
+    ]
+    assert int(state.step) == 9 and int(state.guard.num_skipped) == 4
+
+
+def test_too_many_skips_in_a_row_save_and_end_the_run():
+    saved, later = [], []
+    hooks = [
+        stop_if_skipping(3, every=2, save=lambda step, state, metrics: saved.append((step, int(state.step)))),
+        vd.Hook(2, lambda step, state, metrics: later.append(step)),
+    ]
+    line = (
+        r"step 8: got no update in 3 steps, fit nan, .*theta\.Dense_0\.kernel \(3 in a row, 3 in all\), "
+        "expected fewer than 3; lower the"
+    )
+    with pytest.raises(DivergedError, match=line) as error:
+        skipping(range(5, 99), 12, hooks)
+    assert saved == [(8, 8)] and later == [2, 4, 6] and "\n" not in str(error.value)
+
+
+def test_a_row_of_no_skips_is_refused():
+    with pytest.raises(ValueError, match="max_in_a_row: got 0, expected at least 1"):
+        stop_if_skipping(0)
 
 
 def test_the_progress_bar_shows_step_and_value(monkeypatch):

@@ -1,14 +1,17 @@
-"""What a run tells while it trains: a progress bar, a file of metrics, TensorBoard."""
+"""What a run tells while it trains: a progress bar, a file of metrics, TensorBoard, its skipped updates."""
 
 import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vdiff.train.guard import Guard, leaf_names
 from vdiff.train.loop import Hook
 from vdiff.train.step import TrainState
 
@@ -46,7 +49,8 @@ def write_metrics(path: str | Path, *, start: int = 0, every: int = 50) -> Hook:
     """Append metrics to a file of JSON lines; rows past the (re)starting step are dropped first.
 
     Args:
-        path: the file, e.g. `run/metrics.jsonl`; rows are {"step", "seconds", name: value, ...}.
+        path: the file, e.g. `run/metrics.jsonl`; rows are {"step", "seconds", name: value, ...}, null where a
+            number is not finite.
         start: the step at which the run (re)starts.
         every: steps between two rows.
 
@@ -60,16 +64,17 @@ def write_metrics(path: str | Path, *, start: int = 0, every: int = 50) -> Hook:
     began = time.perf_counter()
 
     def write(step: int, state: TrainState, metrics: dict[str, float]) -> None:
-        row = {"step": step, "seconds": round(before + time.perf_counter() - began, 3), **metrics}
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {"step": step, "seconds": round(before + time.perf_counter() - began, 3), **values}
         with path.open("a") as file:
-            file.write(f"{json.dumps(row)}\n")
+            file.write(f"{json.dumps(row, allow_nan=False)}\n")
 
     return Hook(every, write)
 
 
 @contextlib.contextmanager
 def tensorboard(directory: str | Path, *, start: int = 0, every: int = 50) -> Iterator[Hook]:
-    """Write metrics as TensorBoard events.
+    """Write metrics as TensorBoard events, those that are finite.
 
     Args:
         directory: where the event files go.
@@ -85,7 +90,8 @@ def tensorboard(directory: str | Path, *, start: int = 0, every: int = 50) -> It
 
         def write(step: int, state: TrainState, metrics: dict[str, float]) -> None:
             for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
+                if math.isfinite(value):
+                    writer.add_scalar(name, value, step)
 
         yield Hook(every, write)
 
@@ -95,10 +101,12 @@ class DivergedError(RuntimeError):
 
 
 def stop_if_diverged(*, every: int = 50) -> Hook:
-    """Make the hook that ends a run whose metrics are not finite. Put it before the one that saves.
+    """Make the hook that ends a run at the first number that is not finite. Put it before the one that saves.
+
+    Where a few skipped updates are to be lived with, take `stop_if_skipping`.
 
     Args:
-        every: steps between two looks; a mean over the steps between hides no NaN.
+        every: steps between two looks; neither a mean over the steps between nor a skipped step hides a NaN.
 
     Returns:
         A `Hook` for `fit`, which raises `DivergedError` naming the step and the metrics.
@@ -113,6 +121,64 @@ def stop_if_diverged(*, every: int = 50) -> Hook:
             )
 
     return Hook(every, look)
+
+
+def stop_if_skipping(
+    max_in_a_row: int,
+    *,
+    every: int = 50,
+    save: Callable[[int, TrainState, dict[str, float]], object] = lambda step, state, metrics: None,
+    tell: Callable[[str], object] = lambda line: rich.get_console().print(line, markup=False, soft_wrap=True),
+) -> Hook:
+    """Make the hook that tells of skipped updates, and ends a run that makes no more. Put it before the one that saves.
+
+    A state whose last updates were skipped is the last good one, so it is saved as it is: it goes on at the data after
+    those that were skipped.
+
+    Args:
+        max_in_a_row: ends the run when, at a look, so many updates in a row were skipped.
+        every: steps between two looks.
+        save: called with `(step, state, metrics)` before the end, e.g. `checkpoint_every(...).call`.
+        tell: takes the line about the updates that were skipped since the last look.
+
+    Returns:
+        A `Hook` for `fit`, which raises `DivergedError` naming the step, its terms and the gradient's leaf.
+
+    Raises:
+        ValueError: if `max_in_a_row` is less than one.
+    """
+    if max_in_a_row < 1:
+        raise ValueError(f"max_in_a_row: got {max_in_a_row}, expected at least 1")
+
+    def look(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        if not metrics.get("skipped"):
+            return
+        guard = jax.device_get(state.guard)
+        line = _skips(state, guard, metrics)
+        if guard.num_in_a_row < max_in_a_row:
+            tell(f"step {guard.step}: update skipped, {line}")
+            return
+        save(step, state, metrics)
+        raise DivergedError(
+            f"step {guard.step}: got no update in {guard.num_in_a_row} steps, {line}, expected fewer than "
+            f"{max_in_a_row}; lower the learning rate, look at the data, or find the operation with jax_debug_nans"
+        )
+
+    return Hook(every, look)
+
+
+def _skips(state: TrainState, guard: Guard, metrics: dict[str, float]) -> str:
+    """Tell of the last skipped step: what was not finite, in which leaf of the gradient, and how many there were."""
+    last = {
+        name.removeprefix("skipped/"): value for name, value in metrics.items() if name.startswith("skipped/")
+    }
+    bad = ", ".join(f"{name} {value}" for name, value in last.items() if not math.isfinite(value))
+    where = "no leaf of the gradient"
+    if guard.num_leaves:
+        where = f"the gradient of {leaf_names(state.params)[guard.leaf]}"
+    if guard.num_leaves > 1:
+        where += f" and {guard.num_leaves - 1} more"
+    return f"{bad}, {where} ({guard.num_in_a_row} in a row, {guard.num_skipped} in all)"
 
 
 def _rows_until(path: Path, step: int) -> list[dict]:
