@@ -151,7 +151,7 @@ def build(config: Config) -> Problem:
         )
 
     name = {"bernoulli": "bernoulli", "levels": "categorical", "discretized": "logistic"}[config.likelihood]
-    likelihood, out_bias = pixels.LIKELIHOODS[name](dataset.train, dataset.levels)
+    likelihood, out_bias = pixels.LIKELIHOODS[name](pixels.looked_at(dataset.train), dataset.levels)
     image_shape = dataset.train.shape[1:]
     encoder = nets.mlp(image_shape, (2 * config.latent_dim,), hidden=config.hidden)
     out_shape = likelihood.out_shape(image_shape)
@@ -197,7 +197,7 @@ def diffusion_of(
     else:
         of_pixels = {"levels": diffusion.levels, "discretized": diffusion.discretized_gaussian}
         likelihood = of_pixels.get(config.likelihood, diffusion.levels)(levels)
-        data_scale = 2.0 / levels * _spread(dataset.train, levels)
+        data_scale = 2.0 / levels * _spread(pixels.looked_at(dataset.train), levels)
     settings = {
         "shape": shape,
         "predict": _prediction(config, data_scale),

@@ -113,6 +113,11 @@ def build(config: Config) -> Problem:
         levels, shape = 0, ()
     else:
         dataset = data.load(config.data)
+        if not isinstance(dataset.train, np.ndarray):
+            raise ValueError(
+                f"data: got {config.data}, which stays on disk, expected data in memory, as EM takes all at once; use "
+                "an .npy or .npz"
+            )
         train, test = (images.reshape(len(images), -1) for images in (dataset.train, dataset.test))
         levels, shape = dataset.levels, dataset.train.shape[1:]
     test = test[: config.eval_images]

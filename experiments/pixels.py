@@ -28,6 +28,13 @@ def _gaussian(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarra
     return likelihoods.gaussian(), out_bias
 
 
+def looked_at(images: np.ndarray | vd.data.Rows, *, at_most: int = 10_000) -> np.ndarray:
+    """Read the images that a model's start is taken from: all in memory; on disk some, evenly spread."""
+    if isinstance(images, np.ndarray):
+        return images
+    return images[np.linspace(0, len(images) - 1, min(len(images), at_most)).astype(np.int64)]
+
+
 LIKELIHOODS = {
     "bernoulli": _bernoulli,
     "categorical": _categorical,

@@ -34,7 +34,7 @@ class RunConfig:
     """Settings that every experiment has."""
 
     data: str = "digits"
-    """A data set (digits, mnist, fashion_mnist) or the path of your own .npy or .npz of images."""
+    """A data set (digits, mnist, fashion_mnist), or your own images: .npy or .npz, or a folder of shards or records."""
     run_dir: Path | None = None
     """Where the run lives; runs/EXPERIMENT-PRESET when not given."""
     resume: Literal["never", "auto", "must"] = "auto"
@@ -83,7 +83,7 @@ def refusing() -> Iterator[None]:
     """Turn what is raised on bad input into `Refused`, for the part of a run that reads its input."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise Refused(str(error)) from error
 
 

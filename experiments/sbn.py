@@ -104,7 +104,7 @@ def build(config: Config) -> Problem:
     """
     dataset = data.load(config.data)
     shape, widths = dataset.train.shape[1:], config.widths
-    likelihood, out_bias = pixels.LIKELIHOODS["bernoulli"](dataset.train, dataset.levels)
+    likelihood, out_bias = pixels.LIKELIHOODS["bernoulli"](pixels.looked_at(dataset.train), dataset.levels)
     below = (shape, *((width,) for width in widths[:-1]))
     encoders = [nets.mlp(size, (width,), hidden=()) for size, width in zip(below, widths, strict=True)]
     decoders = [

@@ -45,7 +45,7 @@ def train(
     directory: Path,
     model: vd.ModelLike,
     objective: vd.Objective | vd.Scheduled,
-    images: np.ndarray,
+    images: np.ndarray | vd.data.Rows,
     *,
     optimizer: optax.GradientTransformation | None = None,
     batching: Callable[..., Callable] = vd.per_example,
@@ -58,7 +58,7 @@ def train(
         directory: the run directory.
         model: what is trained; only its `init` is used.
         objective: `(key, params, x) -> Terms`, or a scheduled one.
-        images: [N, ...], the training data.
+        images: [N, ...], the training data; `Rows` are read from disk batch by batch, shuffled without memory.
         optimizer: `optimizer_of(config)` when left out.
         batching: lifts the objective to a batch; `vd.stratified` for one that takes a time.
         hooks: called before the metrics are written; what they return is written too.
@@ -82,7 +82,11 @@ def train(
             step = vd.pmap_step(raw_step, "data")
         else:
             step = vd.jit_step(raw_step, vd.data_mesh() if jax.device_count() > 1 else None)
-        batches = vd.data.batches(images, config.batch_size, config.seed)
+        in_memory = isinstance(images, np.ndarray)
+        shuffle = vd.data.permutations.drawn if in_memory else vd.data.permutations.keyed
+        batches = runs.refusing()(
+            vd.data.batches(images, config.batch_size, config.seed, permutation=shuffle)
+        )
         state = vd.init_state(jax.random.key(config.seed), model, optimizer)
         at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
         one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
@@ -159,7 +163,7 @@ def held_out(
 
 
 def transformed(
-    transform: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, images: np.ndarray
+    transform: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, images: np.ndarray | vd.data.Rows
 ) -> np.ndarray:
     """Transform images once, e.g. draw the binary pixels that a test set is judged on; returns uint8."""
     drawn = vd.evaluate.evaluate(lambda key, params, x: transform(key, x), key, vd.Params(), images)

@@ -102,8 +102,12 @@ def build(config: Config) -> Problem:
         ValueError: if the data set is unknown or does not fit.
     """
     dataset = data.load(config.data)
+    if config.binarization == "fixed" and not isinstance(dataset.train, np.ndarray):
+        raise ValueError(
+            f"binarization: got fixed for {config.data}, which stays on disk, expected data in memory; use dynamic"
+        )
     shape, levels = dataset.train.shape[1:], dataset.levels
-    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](dataset.train, levels)
+    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](pixels.looked_at(dataset.train), levels)
     out_shape = likelihood.out_shape(shape)
     if config.network == "conv":
         encoder = nets.conv_encoder(shape, 2 * config.latent_dim)

@@ -122,6 +122,14 @@ def test_the_guide_to_the_likelihood_runs():
     assert narrow.value < names["mass"].value < 0
 
 
+def test_the_guide_to_data_runs():
+    """Its parts and shares are what it says."""
+    names = run_guide("data.md")
+    assert names["batch"].shape == (128, 28, 28, 1) and names["some"].shape == (20, 28, 28, 1)
+    assert len(names["data"].train) == 500 and len(names["data"].test) == 100
+    assert np.array_equal(np.asarray(names["rows"]), np.asarray(names["data"].train)[:300, ..., 0])
+
+
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",

@@ -33,6 +33,8 @@ ONLY_IN = {
     "flax": ("vdiff/nets/",),
     "equinox": ("vdiff/nets/",),
     "diffrax": ("vdiff/diffusion/adaptive.py",),
+    "grain": ("vdiff/data/records.py",),
+    "array_record": ("vdiff/data/records.py",),
     "optax": ("vdiff/train/", "experiments/"),
     "orbax": ("vdiff/train/checkpoint.py",),
     "tyro": ("experiments/",),

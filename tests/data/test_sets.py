@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from sklearn import datasets as sklearn_datasets
 
-from vdiff.data import Dataset, check_images, load
+from vdiff.data import (
+    Dataset,
+    Rows,
+    batches,
+    check_images,
+    load,
+    permutations,
+    write_records,
+    write_shards,
+)
 
 fetching = importlib.import_module("vdiff.data.fetch")  # vdiff.data.fetch is the function
 
@@ -376,7 +385,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"gone\.npz: no such file, expected an \.npy or \.npz file"):
         load(tmp_path / "gone.npz")
     (tmp_path / "folder.npy").mkdir()
-    with pytest.raises(ValueError, match=r"folder\.npy: got a file that is damaged"):
+    with pytest.raises(ValueError, match=r"folder\.npy: got none of these files, expected \.npy shards or"):
         load(tmp_path / "folder.npy")
 
 
@@ -412,3 +421,107 @@ def test_check_images_lets_good_images_pass():
 def test_check_images_names_the_first_bad_pixel(images, levels, line, unchecked):
     with pytest.raises(ValueError, match=line):
         check_images(images, levels, "held out")
+
+
+# Folders, larger than memory.
+
+WRITERS = pytest.mark.parametrize("write", [write_shards, write_records])
+
+
+@WRITERS
+def test_a_folder_with_its_own_test(write, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (30, 4, 5, 3), np.uint8)
+    write(tmp_path / "mine/train", images[:23])
+    write(tmp_path / "mine/test", images[23:])
+    np.save(tmp_path / "mine/test_labels.npy", np.arange(7))
+    mine = load(tmp_path / "mine")
+    assert (mine.name, mine.levels) == ("mine", 256)
+    assert isinstance(mine.train, Rows) and isinstance(mine.test, Rows)
+    assert (np.asarray(mine.train) == images[:23]).all() and (np.asarray(mine.test) == images[23:]).all()
+    assert mine.train_labels is None and mine.test_labels.tolist() == list(range(7))
+    assert mine.test_labels.dtype == np.int32
+
+
+@WRITERS
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_a_folder_without_a_test_holds_out_a_tenth(write, inner, tmp_path):
+    write(tmp_path / "mine" / inner, numbered(50))
+    if inner:
+        np.save(tmp_path / "mine/train_labels.npy", np.arange(50))
+    mine, again = load(tmp_path / "mine"), load(str(tmp_path / "mine"))
+    assert mine.train.shape == (45, 3, 4, 1) and mine.test.shape == (5, 3, 4, 1)
+    train, test = np.asarray(mine.train), np.asarray(mine.test)
+    order = permutations.keyed(0, 0, 50)(np.arange(50))
+    assert (train[:, 0, 0, 0] == order[:45]).all() and (test[:, 0, 0, 0] == order[45:]).all()
+    assert (train == np.asarray(again.train)).all() and train.dtype == np.uint8
+    if inner:
+        # The labels follow their images.
+        assert (mine.train_labels == order[:45]).all() and (mine.test_labels == order[45:]).all()
+    else:
+        assert mine.train_labels is None and mine.test_labels is None
+
+
+def test_a_folder_of_bits_has_two_levels(tmp_path):
+    bits = np.random.default_rng(0).random((20, 3, 4)) < 0.5
+    write_shards(tmp_path / "bits/train", bits)
+    write_shards(tmp_path / "bits/test", bits[:5])
+    mine = load(tmp_path / "bits")
+    assert mine.levels == 2 and np.asarray(mine.train).dtype == np.uint8
+    assert (np.asarray(mine.train)[..., 0] == bits).all()
+
+
+def test_a_hundred_gigabytes_open_at_once(tmp_path):
+    """A file with a hole: read through, or permuted in memory, it would take minutes."""
+    shape = (100_000_000, 32, 32)
+    (tmp_path / "huge").mkdir()
+    with (tmp_path / "huge/0.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + shape[0] * 1024)
+    huge = load(tmp_path / "huge")
+    assert (len(huge.train), len(huge.test)) == (90_000_000, 10_000_000)
+    batch = batches(huge.train, 4, seed=0, permutation=permutations.keyed)
+    assert batch(10**6).shape == (4, 32, 32, 1) and huge.test[:3][[2]].shape == (1, 32, 32, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda d: d.mkdir(), "mine: got none of these files, expected .npy shards or .array_record files"),
+        (
+            lambda d: (write_shards(d, numbered(3)), (d / "a.array_record").write_bytes(b"")),
+            "mine: got both kinds of files",
+        ),
+        (
+            lambda d: write_shards(d, np.zeros((9, 784), np.uint8)),
+            r"mine: got uint8\[9, 784\], expected images \[N",
+        ),
+        (
+            lambda d: write_shards(d, np.zeros((9, 2, 0), np.uint8)),
+            r"mine: got uint8\[9, 2, 0\], expected images",
+        ),
+        (
+            lambda d: write_shards(d, np.zeros((9, 2, 3))),
+            r"mine: got float64\[9, 2, 3\], expected uint8 or bool; .*rint",
+        ),
+        (lambda d: write_shards(d, numbered(1)), "mine: got 1 image, expected at least 2 to hold one out"),
+        (
+            lambda d: (
+                write_shards(d / "train", numbered(5)),
+                write_shards(d / "test", numbered(5, width=5)),
+            ),
+            r"test: got images of shape \[3, 5, 1\] with 256 levels, expected \[3, 4, 1\] with 256, as train has",
+        ),
+        (
+            lambda d: (
+                write_shards(d / "train", numbered(5)),
+                np.save(d / "train_labels.npy", np.arange(4)),
+            ),
+            r"train_labels.npy: got int64\[4\], expected integers of shape \[5\]",
+        ),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_in_one_line(make, line, tmp_path):
+    make(tmp_path / "mine")
+    with pytest.raises(ValueError, match=line) as caught:
+        load(tmp_path / "mine")
+    assert "\n" not in str(caught.value)

@@ -115,6 +115,6 @@ def from_source(source: Any, decode: Callable[[Any], np.ndarray] = np.asarray) -
     return Rows((num_rows, *first.shape), first.dtype, read)
 
 
-def describe(array: np.ndarray | Rows) -> str:
-    """Write a dtype and shape, e.g. uint8[60000, 28, 28]."""
+def describe(array: Any) -> str:
+    """Write the dtype and shape of an array or `Rows`, e.g. uint8[60000, 28, 28]."""
     return f"{array.dtype}{list(array.shape)}"

@@ -5,11 +5,16 @@
     load("fashion_mnist")   the same numbers
     load("images.npz")      your own: arrays `train` and, if you like, `test`, `train_labels`, `test_labels`
     load("images.npy")      your own: one array
+    load("images")          your own, larger than memory: a folder of .npy shards or of .array_record files
 
 Your own images are [N, H, W] or [N, H, W, C]: uint8 or other integers in 0..255 (256 levels), bool (2
 levels), or floats in [0, 1], which are rounded to 256 levels, k = round(255 x). In an .npz the training
 images may also be called `images` or `x`, or be the only array beside labels and test; `labels` is another
 name of `train_labels`. Without `test`, the last tenth of one fixed permutation is held out.
+
+A folder holds images of uint8 or bool, which need no look through all of them, in its files or in those of its folders
+`train` and, if you like, `test`; beside these may lie `train_labels.npy` and `test_labels.npy`. They stay on disk: what
+is read of them is what is asked for. Without `test`, the last tenth of one fixed permutation is held out here too.
 """
 
 from pathlib import Path
@@ -18,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vdiff.data.fetch import FILES, SHA256, fetch
+from vdiff.data.image_folders import hold_out_tenth, open_images
+from vdiff.data.rows import Rows
 
 _KNOWN = ("digits", *SHA256)
 _TRAIN_NAMES = ("train", "images", "x")
@@ -29,7 +36,7 @@ class Dataset(NamedTuple):
 
     Attributes:
         name: what it is called; of your own file, the file's name without its suffix.
-        train: uint8 [N, H, W, C], pixels 0 .. levels - 1.
+        train: uint8 [N, H, W, C], pixels 0 .. levels - 1; an array, or `Rows` on disk.
         test: uint8 [M, H, W, C].
         train_labels: int32 [N], or None.
         test_labels: int32 [M], or None.
@@ -37,18 +44,18 @@ class Dataset(NamedTuple):
     """
 
     name: str
-    train: np.ndarray
-    test: np.ndarray
+    train: np.ndarray | Rows
+    test: np.ndarray | Rows
     train_labels: np.ndarray | None
     test_labels: np.ndarray | None
     levels: int
 
 
 def load(name_or_path: str | Path) -> Dataset:
-    """Load a data set by its name, or your own images from a file.
+    """Load a data set by its name, or your own images from a file or a folder.
 
     Args:
-        name_or_path: "digits", "mnist", "fashion_mnist", or the path of an .npy or .npz file.
+        name_or_path: "digits", "mnist", "fashion_mnist", or the path of an .npy or .npz file, or of a folder.
 
     Returns:
         A `Dataset`; the same call gives the same split on every machine.
@@ -63,10 +70,12 @@ def load(name_or_path: str | Path) -> Dataset:
     if name in SHA256:
         return _idx_set(name)
     path = Path(name).expanduser()
+    if name and path.is_dir():
+        return _folder_set(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(
             f"data set: got {name!r}, expected one of {', '.join(_KNOWN)}, or the path of your own .npy or "
-            ".npz file"
+            ".npz file, or of a folder of them"
         )
     return _user_set(path)
 
@@ -172,11 +181,7 @@ def _user_set(path: Path) -> Dataset:
     labels = _check_labels(arrays.get(label_name), len(train), label_name)
     if "test" in arrays:
         test, test_levels = _as_levels(arrays["test"], "test")
-        if (test.shape[1:], test_levels) != (train.shape[1:], levels):
-            raise ValueError(
-                f"test: got images of shape {list(test.shape[1:])} with {test_levels} levels, expected "
-                f"{list(train.shape[1:])} with {levels}, as {train_name} has; store both alike"
-            )
+        _check_alike(test, test_levels, train, levels, train_name)
         test_labels = _check_labels(arrays.get("test_labels"), len(test), "test_labels")
         return Dataset(path.stem, train, test, labels, test_labels, levels)
     if "test_labels" in arrays:
@@ -186,6 +191,34 @@ def _user_set(path: Path) -> Dataset:
     kept, held_out = _split(len(train), num_test=max(1, len(train) // 10))
     kept_labels, held_out_labels = (None, None) if labels is None else (labels[kept], labels[held_out])
     return Dataset(path.stem, train[kept], train[held_out], kept_labels, held_out_labels, levels)
+
+
+def _folder_set(path: Path) -> Dataset:
+    inner = path / "train"
+    whole, levels = open_images(inner if inner.is_dir() else path)
+    labels = _read_labels(path / "train_labels.npy", len(whole)) if inner.is_dir() else None
+    if inner.is_dir() and (path / "test").is_dir():
+        test, test_levels = open_images(path / "test")
+        _check_alike(test, test_levels, whole, levels, "train")
+        test_labels = _read_labels(path / "test_labels.npy", len(test))
+        return Dataset(path.name, whole, test, labels, test_labels, levels)
+    kept, held_out, order = hold_out_tenth(whole, str(path))
+    split = (None, None) if labels is None else np.split(labels[order(np.arange(len(whole)))], [len(kept)])
+    return Dataset(path.name, kept, held_out, *split, levels)
+
+
+def _read_labels(path: Path, num_images: int) -> np.ndarray | None:
+    return _check_labels(_read_arrays(path)["train"], num_images, str(path)) if path.exists() else None
+
+
+def _check_alike(
+    test: np.ndarray | Rows, test_levels: int, train: np.ndarray | Rows, levels: int, train_name: str
+) -> None:
+    if (test.shape[1:], test_levels) != (train.shape[1:], levels):
+        raise ValueError(
+            f"test: got images of shape {list(test.shape[1:])} with {test_levels} levels, expected "
+            f"{list(train.shape[1:])} with {levels}, as {train_name} has; store both alike"
+        )
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
