@@ -180,6 +180,7 @@ def run(config: Config) -> dict:
                 every=10 * config.log_every,
             ),
         ),
+        best="test_elbo",
     )
 
     began = time.perf_counter()

@@ -178,7 +178,13 @@ def run(config: Config) -> dict:
     hook = training.held_out(watched, key_watch, problem.test[:500], every=10 * config.log_every)
     model = problem.model._replace(init=init)
     state = training.train(
-        config, directory, model, objective_of(config, problem), problem.train, hooks=(hook,)
+        config,
+        directory,
+        model,
+        objective_of(config, problem),
+        problem.train,
+        hooks=(hook,),
+        best="test_elbo",
     )
 
     began = time.perf_counter()

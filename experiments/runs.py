@@ -1,17 +1,17 @@
 """What every experiment shares: its settings, its directory, its exit codes, its training.
 
 A run directory belongs to one set of settings, kept in `config.json`; the same command goes on where it stopped,
-other settings are refused. Exit codes: 0 done, 2 refused input, 3 diverged, 130 and 143 stopped by Ctrl-C or SIGTERM
-after saving.
+other settings are refused, or taken on with `--override`. Exit codes: 0 done, 1 could not write, 2 refused input, 3
+diverged, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,6 +23,8 @@ import tyro
 from rich.console import Console
 
 import vdiff as vd
+from experiments import settings
+from experiments.settings import write_json as write_json
 from vdiff.train.hooks import DivergedError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -39,6 +41,8 @@ class RunConfig:
     """Where the run lives; runs/EXPERIMENT-PRESET when not given."""
     resume: Literal["never", "auto", "must"] = "auto"
     """What to do where this run was begun before: refuse it, go on if it was, or insist that it was."""
+    override: bool = False
+    """Go on with these settings where the run was begun with others; the old ones stay beside the new."""
     seed: int = 0
     """Seed of the parameters, the order of the data and all noise."""
     num_steps: int = 3000
@@ -104,7 +108,14 @@ def main(experiment: Callable[[C], Any], presets: Mapping[str, tuple[str, C]]) -
         for preset, (line, config) in presets.items()
     }
     config = tyro.extras.overridable_config_cli(presets, prog=f"python -m experiments.{name}")
-    sys.exit(exit_code(experiment, config))
+    try:
+        code = exit_code(experiment, config)
+    except KeyboardInterrupt as interrupt:
+        errors.print("[bold yellow]stopped[/] at once; the same command goes on from the last checkpoint")
+        sys.stdout.flush()
+        # Leaving in the usual way would wait for a checkpoint that is being written.
+        os._exit(128 + next(iter(interrupt.args), signal.SIGINT))
+    sys.exit(code)
 
 
 def exit_code(experiment: Callable[[C], Any], config: C) -> int:
@@ -122,14 +133,19 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
     except Stopped as stop:
         errors.print(f"[bold yellow]stopped[/] {_plain(stop)}")
         return 128 + stop.number
-    except KeyboardInterrupt:
-        errors.print("[bold yellow]stopped[/] the same command goes on from the last checkpoint")
-        return 130
+    except OSError as error:
+        errors.print(f"[bold red]failed[/] {_plain(error)}")
+        return 1
     return 0
 
 
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+def tell(line: str) -> None:
+    """Print a line that a user should not overlook."""
+    console.print(f"[bold yellow]note[/] {_plain(line)}")
+
+
+def _plain(message: object) -> str:
+    return str(message).replace("[", r"\[")
 
 
 def check_settings(config: RunConfig) -> None:
@@ -138,10 +154,10 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         ValueError: if a count is less than one (a few may be zero), or a rate is out of its range.
     """
-    may_be_zero = {"seed", "warmup_steps", "encoder_hidden", "debug_nans"}
+    may_be_zero = {"seed", "warmup_steps", "encoder_hidden"}
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
-        if isinstance(value, int) and value < least:
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise ValueError(f"{field.name}: got {value}, expected at least {least}")
     if not (config.learning_rate > 0 and np.isfinite(config.learning_rate)):
         raise ValueError(f"learning_rate: got {config.learning_rate}, expected a positive number, e.g. 1e-3")
@@ -156,16 +172,16 @@ def open_run(config: RunConfig) -> Path:
         config: the settings; `run_dir` must be given.
 
     Returns:
-        The run directory, whose `config.json` holds these settings.
+        The run directory. Its `config.json` holds these settings, or with `override` will, once the state was found
+        to fit them.
 
     Raises:
         ValueError: if the directory holds another run or other files, or `resume` forbids what it holds.
     """
     directory = Path(config.run_dir)
-    record = directory / "config.json"
-    settings = _settings(config)
-    if not record.exists():
-        if directory.is_dir() and any(directory.iterdir()):
+    if not (directory / "config.json").exists():
+        # A temporary one is left by a run killed as it began.
+        if directory.is_dir() and {path.name for path in directory.iterdir()} - {"config.tmp"}:
             raise ValueError(
                 f"run_dir: got {directory}, which holds files but no run, expected an empty or new directory; "
                 "choose another --run-dir"
@@ -173,39 +189,20 @@ def open_run(config: RunConfig) -> Path:
         if config.resume == "must":
             raise ValueError(f"resume: got must, but {directory} holds no run; start it with --resume auto")
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(record, settings)
+        settings.record(config, directory)
         return directory
-    try:
-        saved = json.loads(record.read_text())
-    except ValueError as error:
-        raise ValueError(f"{record}: got a damaged file, expected JSON; choose another --run-dir") from error
     if config.resume == "never":
         raise ValueError(f"resume: got never, but {directory} holds a run; choose another --run-dir")
-    # A setting that came after the run has the value that the run had without it.
-    saved = {"clip": RunConfig.clip} | saved
-    different = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+    different = settings.differences(config, directory)
     if different:
-        changes = ", ".join(f"{name} {saved.get(name)!r} -> {settings.get(name)!r}" for name in different)
-        raise ValueError(
-            f"run_dir: got {directory}, which holds another run ({changes}), expected the same settings; "
-            "choose another --run-dir"
-        )
+        console.print(settings.as_table(different))
+        if not config.override:
+            changes = ", ".join(f"{name} {saved} -> {asked}" for name, (saved, asked) in different.items())
+            raise ValueError(
+                f"run_dir: got {directory}, which holds another run ({changes}), expected the same settings; "
+                "choose another --run-dir, or go on with the new ones by --override"
+            )
     return directory
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """List the settings that make a run what it is: not where it lies, nor when it gives up or looks closer."""
-    settings = dataclasses.asdict(config)
-    for name in ("run_dir", "resume", "max_skips", "debug_nans"):
-        settings.pop(name)
-    return json.loads(json.dumps(settings, default=str))
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def metric(summary: vd.evaluate.Summary, bound: str) -> dict[str, Any]:

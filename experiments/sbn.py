@@ -157,6 +157,7 @@ def run(config: Config) -> dict:
         hooks=(
             training.held_out(watched, key_watch, test[:200], every=10 * config.log_every, name="test_iwae"),
         ),
+        best="test_iwae",
     )
 
     began = time.perf_counter()

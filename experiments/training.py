@@ -12,7 +12,7 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import vdiff as vd
-from experiments import runs
+from experiments import runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
 
 
@@ -50,6 +50,7 @@ def train(
     optimizer: optax.GradientTransformation | None = None,
     batching: Callable[..., Callable] = vd.per_example,
     hooks: tuple[vd.Hook, ...] = (),
+    best: str | None = None,
 ) -> vd.TrainState:
     """Train a model on images, from its last checkpoint if there is one.
 
@@ -62,6 +63,7 @@ def train(
         optimizer: `optimizer_of(config)` when left out.
         batching: lifts the objective to a batch; `vd.stratified` for one that takes a time.
         hooks: called before the metrics are written; what they return is written too.
+        best: name of a metric, larger is better, whose best checkpoint stays.
 
     Returns:
         The trained `TrainState`.
@@ -70,6 +72,7 @@ def train(
         Refused: if the input does not fit, or the checkpoint cannot be read.
         runs.Stopped: if a signal came; the state is saved.
         DivergedError: if too many updates in a row were skipped; the last good state is saved.
+        OSError: if the disk does not take a checkpoint.
     """
     checkpoints = directory / "checkpoints"
     with runs.refusing():
@@ -93,10 +96,13 @@ def train(
         position = jax.ShapeDtypeStruct((1,), np.int32)
         jax.eval_shape(batching(at_start), state.key, state.params, one, position, state.aux)
         if vd.latest_step(checkpoints) is not None:
-            state = vd.restore(checkpoints, state)
+            state = vd.restore(checkpoints, state, on_skip=runs.tell)
         elif config.resume == "must":
             raise ValueError(f"resume: got must, but {checkpoints} holds no checkpoint; use --resume auto")
         step.place(batches(0)[None])
+        kept = settings.record(config, directory)
+        if kept is not None:
+            runs.tell(f"the settings changed; those before are kept in {kept}")
 
     start = int(state.step)
     if start:
@@ -107,9 +113,9 @@ def train(
         vd.stop_on_signals() as stop,
         tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
         progress_bar("training", config.num_steps, start=start) as bar,
+        vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving,
     ):
         rows = write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every)
-        saving = vd.checkpoint_every(config.checkpoint_every, checkpoints)
         all_hooks = (
             stop_if_skipping(
                 config.max_skips,

@@ -167,6 +167,7 @@ def run(config: Config) -> dict:
         if config.binarization == "fixed"
         else train,
         hooks=(training.held_out(watched, key_watch, test[:500], every=10 * config.log_every),),
+        best="test_elbo",
     )
 
     began = time.perf_counter()

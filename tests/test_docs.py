@@ -65,6 +65,10 @@ def test_the_guide_to_estimators_runs(capsys):
     assert "log_q" in printed and "snr" in printed and "FAIL" not in printed
 
 
+def names_of(directory):
+    return {path.name for path in directory.iterdir()}
+
+
 def run_guide(name):
     """Run a page's programs in their order, in one namespace, and return it."""
     names = {}
@@ -128,6 +132,16 @@ def test_the_guide_to_data_runs():
     assert names["batch"].shape == (128, 28, 28, 1) and names["some"].shape == (20, 28, 28, 1)
     assert len(names["data"].train) == 500 and len(names["data"].test) == 100
     assert np.array_equal(np.asarray(names["rows"]), np.asarray(names["data"].train)[:300, ..., 0])
+
+
+def test_the_guide_to_runs_runs(tmp_path, monkeypatch):
+    """And goes on where it was: the second time from its last checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    first, second = (run_guide("runs.md") for _ in range(2))
+    assert names_of(tmp_path / "checkpoints") >= {"100", "200", "300"}
+    assert int(first["state"].step) == int(second["state"].step) == 300
+    values = [path.read_text() for path in tmp_path.glob("checkpoints/*/metrics/metrics")]
+    assert len(values) == 3 and str(int(first["best"].step)) in names_of(tmp_path / "checkpoints")
 
 
 PAGES = [

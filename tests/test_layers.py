@@ -36,7 +36,7 @@ ONLY_IN = {
     "grain": ("vdiff/data/records.py",),
     "array_record": ("vdiff/data/records.py",),
     "optax": ("vdiff/train/", "experiments/"),
-    "orbax": ("vdiff/train/checkpoint.py",),
+    "orbax": ("vdiff/train/checkpoint.py", "vdiff/train/restore.py"),
     "tyro": ("experiments/",),
     "matplotlib": ("vdiff/report/",),
     "rich": ("vdiff/train/", "experiments/"),

@@ -88,8 +88,6 @@ from vdiff.objectives import scheduled as scheduled
 from vdiff.objectives import total as total
 from vdiff.objectives import weighted as weighted
 from vdiff.train.checkpoint import checkpoint_every as checkpoint_every
-from vdiff.train.checkpoint import latest_step as latest_step
-from vdiff.train.checkpoint import restore as restore
 from vdiff.train.checkpoint import save as save
 from vdiff.train.loop import Hook as Hook
 from vdiff.train.loop import fit as fit
@@ -98,6 +96,10 @@ from vdiff.train.parallel import data_mesh as data_mesh
 from vdiff.train.parallel import jit_step as jit_step
 from vdiff.train.parallel import pmap_step as pmap_step
 from vdiff.train.parallel import shard_batch as shard_batch
+from vdiff.train.restore import best_step as best_step
+from vdiff.train.restore import latest_step as latest_step
+from vdiff.train.restore import restore as restore
+from vdiff.train.restore import saved_steps as saved_steps
 from vdiff.train.step import TrainState as TrainState
 from vdiff.train.step import init_state as init_state
 from vdiff.train.step import make_train_step as make_train_step

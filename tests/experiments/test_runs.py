@@ -15,6 +15,7 @@ import pytest
 
 import vdiff as vd
 from experiments import gmm, runs, vae
+from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,8 @@ def test_open_run_writes_the_settings_and_finds_them_again(tmp_path):
 def test_open_run_refuses_another_run_and_names_what_differs(tmp_path):
     runs.open_run(Config(run_dir=tmp_path / "run"))
     before = files(tmp_path)
-    with pytest.raises(ValueError, match=r"holds another run \(width 3 -> 4\).*--run-dir"):
+    runs.open_run(Config(run_dir=tmp_path / "run", width=4, override=True))
+    with pytest.raises(ValueError, match=r"holds another run \(width 3 -> 4\).*--override"):
         runs.open_run(Config(run_dir=tmp_path / "run", width=4))
     assert files(tmp_path) == before
 
@@ -172,16 +174,83 @@ def test_another_run_is_refused_and_kept(tmp_path, capsys):
     assert files(tmp_path) == before
 
 
-def test_a_damaged_checkpoint_is_refused_and_kept(tmp_path, capsys):
-    assert runs.exit_code(vae.run, tiny(tmp_path / "run")) == 0
+def short(directory, **changes):
+    return tiny_run.Config(run_dir=directory, **({"num_steps": 4, "checkpoint_every": 2} | changes))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, capsys):
+    """And kept: the run goes on from the one before, to the same end."""
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
     capsys.readouterr()
-    largest = max((tmp_path / "run/checkpoints/4").rglob("*"), key=lambda path: path.stat().st_size)
+    digest = json.loads((tmp_path / "run/result.json").read_text())["params_digest"]
+    damaged = tmp_path / "run/checkpoints/4"
+    largest = max(damaged.rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
+    before = list(files(damaged).values())
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"note checkpoint {damaged} is damaged and was skipped: {largest.relative_to(damaged)} is not" in out
+    )
+    assert "resuming at step 2 of 4" in out
+    assert json.loads((tmp_path / "run/result.json").read_text())["params_digest"] == digest
+    assert list(files(tmp_path / "run/checkpoints/4.damaged-1").values()) == before
+
+
+def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(tmp_path, capsys):
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    for step in (2, 4):
+        (tmp_path / f"run/checkpoints/{step}/manifest.json").unlink()
+    capsys.readouterr()
     before = files(tmp_path)
-    line = refused(tiny(tmp_path / "run"), capsys)
-    assert "checkpoints/4: got unreadable files" in line
-    assert "move this folder away" in line
+    line = refused(short(tmp_path / "run"), capsys, tiny_run.run)
+    assert "no checkpoint is whole (4: manifest.json is missing; 2: manifest.json is missing)" in line
     assert files(tmp_path) == before
+
+
+def test_other_settings_are_shown_and_taken_on_with_override(tmp_path, capsys):
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    first = (tmp_path / "run/config.json").read_bytes()
+    capsys.readouterr()
+    asked = short(tmp_path / "run", num_steps=6, learning_rate=1e-4)
+    assert runs.exit_code(tiny_run.run, asked) == 2
+    out = capsys.readouterr().out
+    assert "num_steps" in out and "- 4" in out and "+ 6" in out and "+ 0.0001" in out and "seed" not in out
+    assert runs.exit_code(tiny_run.run, dataclasses.replace(asked, override=True)) == 0
+    out = capsys.readouterr().out
+    assert (
+        f"those before are kept in {tmp_path}/run/config.before-1.json" in out
+        and "resuming at step 4 of 6" in out
+    )
+    assert (tmp_path / "run/config.before-1.json").read_bytes() == first
+    assert json.loads((tmp_path / "run/config.json").read_text())["num_steps"] == 6
+    assert runs.exit_code(tiny_run.run, asked) == 0
+
+
+def test_an_override_that_the_state_does_not_fit_changes_nothing(tmp_path, capsys):
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    capsys.readouterr()
+    before = files(tmp_path)
+    line = refused(short(tmp_path / "run", width=5, override=True), capsys, tiny_run.run)
+    assert "another model's state" in line
+    assert files(tmp_path) == before
+
+
+def test_a_disk_that_takes_no_more_ends_with_code_1(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run", num_steps=2)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("vdiff.train.checkpoint.write_manifest", full)
+    assert runs.exit_code(tiny_run.run, short(tmp_path / "run", num_steps=4, override=True)) == 1
+    line = capsys.readouterr().err
+    assert (
+        "failed checkpoint" in line
+        and "checkpoints/4: could not be written (no space left on the disk)" in line
+    )
+    assert "the one of step 2 is as it was" in line and line.count("\n") == 1
+    assert vd.saved_steps(tmp_path / "run/checkpoints") == [2]
 
 
 def test_divergence_ends_with_code_3(tmp_path, capsys):

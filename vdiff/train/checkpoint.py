@@ -1,167 +1,194 @@
-"""Saving and restoring a run, by Orbax.
+"""Saving a run, by Orbax: asynchronous, atomic, with a manifest of checksums.
 
-A checkpoint is a folder named by its step. Orbax writes it under a temporary name and renames it when it is
-whole, so that a run killed while saving keeps the one before.
+    write       to STEP.orbax-checkpoint-tmp, while training goes on
+    manifest    when every process has written, the first sums the files and flushes them to the disk
+    commit      the folder is renamed to STEP; then older ones are deleted
+
+A process killed before the commit leaves half a folder under a name that nobody reads, and the checkpoint before.
 """
 
-import hashlib
-import json
-import logging
+import contextlib
+import itertools
+import math
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
+from vdiff.train.checksums import DamagedError, extend_manifest, verify, write_manifest
 from vdiff.train.loop import Hook
+from vdiff.train.restore import FORMAT, NOTES, saved_steps
 from vdiff.train.step import TrainState
 
-_CHECKSUMS = "sha256.json"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_Write = Callable[[int, TrainState, dict[str, float]], None]
 
-logging.getLogger("absl").setLevel(logging.ERROR)
 
-
-def save(directory: str | Path, state: TrainState, *, max_to_keep: int = 3) -> None:
-    """Save a state under its step; a step that is saved already stays as it is.
+def save(directory: str | Path, state: TrainState, *, keep_last: int = 3) -> None:
+    """Save a state under its step, and wait until it is saved; a step that is saved already stays as it is.
 
     Args:
         directory: where the checkpoints of one run lie; made if absent.
         state: the `TrainState` to save.
-        max_to_keep: how many of the newest checkpoints stay.
+        keep_last: how many of the newest checkpoints stay.
 
     Raises:
-        OSError: if the disk does not take it; earlier checkpoints stay whole.
+        OSError: if the disk does not take it; earlier checkpoints stay as they are.
+        ValueError: if the directory holds a later step.
     """
-    with _manager(directory, max_to_keep) as manager:
-        step, newest = int(state.step), manager.latest_step()
+    with _writer(Path(directory).absolute(), keep_last, None) as write:
+        write(int(state.step), state, {})
+
+
+@contextlib.contextmanager
+def checkpoint_every(
+    num_steps: int, directory: str | Path, *, keep_last: int = 3, best: str | None = None
+) -> Iterator[Hook]:
+    """Save the state every so many steps, and at the last one, while training goes on.
+
+    A checkpoint is begun only when the one before it is finished. Leaving the context waits for the last; a
+    KeyboardInterrupt does not.
+
+    Args:
+        num_steps: steps between two checkpoints.
+        directory: where the checkpoints of one run lie.
+        keep_last: how many of the newest stay; two at least, if a damaged one is to have another behind it.
+        best: name of a metric, larger is better: the checkpoint with the largest value stays too. The hook that
+            gives it comes before this one; a checkpoint at whose step it gives none is not judged.
+
+    Yields:
+        A `Hook` for `fit`.
+
+    Raises:
+        OSError: if the disk does not take a checkpoint, at the next one or on leaving; earlier ones stay as they are.
+        ValueError: if the directory holds a later step; on leaving, if no checkpoint had a value of `best`.
+    """
+    with _writer(Path(directory).absolute(), keep_last, best) as write:
+        yield Hook(num_steps, write)
+
+
+@contextlib.contextmanager
+def _writer(directory: Path, keep_last: int, best: str | None) -> Iterator[_Write]:
+    """Open Orbax's manager at the first state to be saved, and see the last one to the disk."""
+    if keep_last < 1:
+        raise ValueError(f"keep_last: got {keep_last}, expected at least 1")
+    manager: ocp.CheckpointManager | None = None
+    written: int | None = None  # the step that was last given to the manager
+    is_pending = False
+    seen: set[str] = set()
+
+    def seal() -> None:
+        """Write the manifest; Orbax calls this when all processes have written, before it renames the folder."""
+        # Some versions of Orbax add a number to the name.
+        temporary = max(directory.glob(f"{written}{_TEMPORARY}*"), key=os.path.getmtime)
+        write_manifest(temporary, FORMAT, later=NOTES)
+
+    def finish() -> None:
+        """Wait for the checkpoint that is being written, and bring its commit to the disk."""
+        nonlocal is_pending
+        if manager is None or not is_pending:
+            return
+        is_pending = False
+        with _one_line(directory, written):
+            manager.wait_until_finished()
+            if jax.process_index() == 0:
+                extend_manifest(directory / str(written))
+
+    def write(step: int, state: TrainState, metrics: dict[str, float]) -> None:
+        nonlocal manager, written, is_pending
+        finish()
+        seen.update(name for name, value in metrics.items() if math.isfinite(value))
+        if manager is None:
+            with _one_line(directory, step):
+                manager = _open(directory, keep_last, best, seal, step)
+        newest = manager.latest_step()
         if newest is not None and step < newest:
             raise ValueError(
                 f"directory: got {directory}, which holds step {newest}, expected none after step {step}; "
                 "choose another directory, or move the later checkpoints away"
             )
-        if step not in manager.all_steps():
-            manager.save(step, args=ocp.args.StandardSave(state))
-            folder = Path(directory).absolute() / str(step)
-            temporary = folder.with_name(f"{step}.{_CHECKSUMS}")
-            temporary.write_text(json.dumps(_checksums(folder)))
-            os.replace(temporary, folder / _CHECKSUMS)
+        if step == newest:
+            return
+        judged = {best: metrics[best]} if math.isfinite(metrics.get(best, math.nan)) else None
+        written, is_pending = step, True
+        with _one_line(directory, step):
+            manager.save(step, args=ocp.args.StandardSave(state), metrics=judged, force=True)
 
-
-def latest_step(directory: str | Path) -> int | None:
-    """Find the newest step saved in a directory.
-
-    Args:
-        directory: where the checkpoints of one run lie; may be absent.
-
-    Returns:
-        The step, or None where nothing whole was saved.
-    """
-    if not Path(directory).is_dir():
-        return None
-    with _manager(directory) as manager:
-        return manager.latest_step()
-
-
-def restore(directory: str | Path, like: TrainState) -> TrainState:
-    """Restore the newest state of a directory.
-
-    Args:
-        directory: where the checkpoints of one run lie.
-        like: a state of the same run, e.g. from `init_state`; gives shapes, dtypes and placement. It is not
-            changed.
-
-    Returns:
-        The saved `TrainState`.
-
-    Raises:
-        FileNotFoundError: if the directory holds no checkpoint.
-        ValueError: if the checkpoint belongs to another model, or cannot be read.
-    """
-    step = latest_step(directory)
-    if step is None:
-        raise FileNotFoundError(
-            f"directory: got {directory}, expected a folder with a saved checkpoint; start the run anew"
-        )
-    folder = Path(directory).absolute() / str(step)
-    _verify(folder)
-    with _manager(directory) as manager:
-        try:
-            saved = _shapes(manager.item_metadata(step))
-        except Exception as error:
-            raise _unreadable(folder, error) from error
-        # Orbax lists a key by the shape of its raw data.
-        expected = _shapes(like._replace(key=jax.random.key_data(like.key)))
-        if saved != expected:
-            raise ValueError(_difference(folder, saved, expected))
-        try:
-            return manager.restore(step, args=ocp.args.StandardRestore(like))
-        except Exception as error:
-            raise _unreadable(folder, error) from error
-
-
-def checkpoint_every(num_steps: int, directory: str | Path, *, max_to_keep: int = 3) -> Hook:
-    """Make the hook that saves the state every so many steps, and at the last one.
-
-    Args:
-        num_steps: steps between two checkpoints.
-        directory: where the checkpoints of one run lie.
-        max_to_keep: how many of the newest stay.
-
-    Returns:
-        A `Hook` for `fit`.
-    """
-    return Hook(num_steps, lambda step, state, metrics: save(directory, state, max_to_keep=max_to_keep))
-
-
-def _manager(directory: str | Path, max_to_keep: int | None = None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False)
-    handler = ocp.StandardCheckpointHandler()
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handler)
-
-
-def _shapes(tree: object) -> dict[str, tuple[int, ...]]:
-    """List the shapes of a tree's leaves by path, whether it holds arrays or Orbax's metadata of them."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(getattr(tree, "tree", tree))
-    return {".".join(_name(entry) for entry in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _name(entry: object) -> str:
-    """Name a step of a tree's path: a field, a key or a position."""
-    return str(next(getattr(entry, kind) for kind in ("name", "key", "idx") if hasattr(entry, kind)))
-
-
-def _difference(folder: Path, saved: dict, expected: dict) -> str:
-    names = sorted(set(saved) | set(expected))
-    name = next(name for name in names if saved.get(name) != expected.get(name))
-    got, wanted = (str(d.get(name, "nothing")) for d in (saved, expected))
-    return (
-        f"checkpoint {folder}: got another model's state ({name} has shape {got}), expected {wanted}; "
-        "resume with the settings that the run began with, or choose another run directory"
-    )
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _CHECKSUMS)
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def _verify(folder: Path) -> None:
-    """Refuse a checkpoint whose files changed since it was saved, before Orbax meets them."""
     try:
-        expected = json.loads((folder / _CHECKSUMS).read_text())
-    except FileNotFoundError:
-        return  # killed between Orbax's rename and ours: whole, but without checksums
-    except ValueError as error:
-        raise _unreadable(folder, f"{_CHECKSUMS} is not JSON") from error
-    found = _checksums(folder)
-    damaged = sorted(name for name in set(found) | set(expected) if found.get(name) != expected.get(name))
-    if damaged:
-        raise _unreadable(folder, f"{damaged[0]} is not as it was saved")
+        yield write
+    except KeyboardInterrupt:
+        raise  # at once: what is half written is no checkpoint
+    except BaseException as error:
+        try:
+            finish()
+        except OSError as unsaved:
+            error.add_note(str(unsaved))
+        raise
+    finish()
+    if manager is not None:
+        manager.close()
+        if best is not None and best not in seen:
+            raise ValueError(f"best: got {best!r}, expected the name of a metric: {', '.join(sorted(seen))}")
 
 
-def _unreadable(folder: Path, reason: object) -> ValueError:
-    line = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
-    return ValueError(
-        f"checkpoint {folder}: got unreadable files ({line}), expected a whole checkpoint; move this "
-        "folder away to resume from the one before"
+def _open(
+    directory: Path, keep_last: int, best: str | None, seal: Callable[[], None], step: int
+) -> ocp.CheckpointManager:
+    def value(metrics: dict[str, float]) -> float:
+        return metrics.get(best, -math.inf)
+
+    policies = ocp.checkpoint_managers
+    newest = policies.LatestN(keep_last)
+    highest = policies.BestN(get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=newest if best is None else policies.AnyPreservationPolicy([newest, highest]),
+        best_fn=None if best is None else value,
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=seal),
     )
+    handler = ocp.StandardCheckpointHandler()
+    _set_aside(directory, step)
+    try:
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
+    except ValueError:  # a file of metrics that is no JSON
+        _set_aside(directory, 0)
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
+
+
+def _set_aside(directory: Path, first: int) -> None:
+    """Rename the damaged checkpoints from a step on, which a run that resumed before them will reach again."""
+    for step in saved_steps(directory):
+        folder = directory / str(step)
+        if step < first:
+            continue
+        try:
+            verify(folder, later=NOTES)
+        except DamagedError:
+            names = (directory / f"{step}.damaged-{i}" for i in itertools.count(1))
+            os.replace(folder, next(path for path in names if not path.exists()))
+
+
+@contextlib.contextmanager
+def _one_line(directory: Path, step: int | None) -> Iterator[None]:
+    """Tell in one line that a checkpoint could not be written, and free what half of it takes."""
+    try:
+        yield
+    except Exception as error:
+        for temporary in directory.glob(f"{step}{_TEMPORARY}*"):
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error)
+        is_full = "No space left" in reason
+        line = (
+            "no space left on the disk"
+            if is_full
+            else (reason.splitlines() or [type(error).__name__])[0][:200]
+        )
+        before = [saved for saved in saved_steps(directory) if saved != step]
+        raise OSError(
+            f"checkpoint {directory / str(step)}: could not be written ({line}), "
+            + (f"the one of step {before[-1]} is as it was" if before else "and there is none before it")
+            + "; free some space and run the same command again" * is_full
+        ) from error

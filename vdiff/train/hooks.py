@@ -138,7 +138,7 @@ def stop_if_skipping(
     Args:
         max_in_a_row: ends the run when, at a look, so many updates in a row were skipped.
         every: steps between two looks.
-        save: called with `(step, state, metrics)` before the end, e.g. `checkpoint_every(...).call`.
+        save: called with `(step, state, metrics)` before the end, e.g. the `call` of the hook of `checkpoint_every`.
         tell: takes the line about the updates that were skipped since the last look.
 
     Returns:

@@ -125,7 +125,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         stop.number = number
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
