@@ -10,13 +10,13 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from vdiff.types import PyTree
 
 State = TypeVar("State")
 Metrics = dict[str, Float[Array, "..."]]
-Guarding = Callable[[State, State, Metrics, PyTree], tuple[State, Metrics]]
+Guarding = Callable[[State, Callable[[], State], Metrics, PyTree], tuple[State, Metrics]]
 
 
 class Guard(NamedTuple):
@@ -40,34 +40,41 @@ class Guard(NamedTuple):
 NOTHING_SKIPPED = Guard(*(np.zeros((), np.int32) for _ in Guard._fields))
 
 
-def skip_nonfinite(old: State, new: State, metrics: Metrics, grads: PyTree) -> tuple[State, Metrics]:
-    """Keep the old state, but for the step, where the objective or the gradient's norm is not finite.
+def skip_nonfinite(
+    old: State, update: Callable[[], State], metrics: Metrics, grads: PyTree
+) -> tuple[State, Metrics]:
+    """Make an update, unless the objective or the gradient's norm is not finite: then only the step goes on.
 
     The norm is not finite where a gradient is not, and where its square overflows, which an optimizer's second moment
-    would not survive. The step goes on, and the data with it.
+    would not survive. The data go on with the step.
 
     Args:
         old: the `TrainState` before the update.
-        new: the one after it.
+        update: `() -> ` the one after it.
         metrics: of this step, with "objective" and "grad_norm".
         grads: the gradient, a tree like the parameters.
 
     Returns:
         The state to go on from, and the metrics with "skipped", 1 or 0.
     """
-    is_kept = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
-    guard = _count(old.guard, new.step, is_kept, grads)
 
-    def choose(after: Array, before: Array) -> Array:
-        return after if after is before else jnp.where(is_kept, after, before)
+    def make() -> State:
+        return update()._replace(guard=old.guard._replace(num_in_a_row=jnp.zeros((), jnp.int32)))
 
-    chosen = jax.tree.map(choose, new, old._replace(step=new.step))
-    return chosen._replace(guard=guard), {**metrics, "skipped": 1.0 - is_kept.astype(jnp.float32)}
+    def skip() -> State:
+        return old._replace(step=old.step + 1, guard=_count(old.guard, old.step + 1, grads))
+
+    # A branch, not a choice between the results: a choice would hold the old state until the new one is whole.
+    is_finite = jnp.isfinite(metrics["objective"]) & jnp.isfinite(metrics["grad_norm"])
+    state = jax.lax.cond(is_finite, make, skip)
+    return state, {**metrics, "skipped": 1.0 - is_finite.astype(jnp.float32)}
 
 
-def unguarded(old: State, new: State, metrics: Metrics, grads: PyTree) -> tuple[State, Metrics]:
+def unguarded(
+    old: State, update: Callable[[], State], metrics: Metrics, grads: PyTree
+) -> tuple[State, Metrics]:
     """Make every update, whatever it does."""
-    return new, metrics
+    return update(), metrics
 
 
 def leaf_names(tree: PyTree) -> list[str]:
@@ -76,12 +83,9 @@ def leaf_names(tree: PyTree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
-def _count(guard: Guard, step: Int[Array, ""], is_kept: Bool[Array, ""], grads: PyTree) -> Guard:
-    # The sums of squares are those of the norm: the compiler merges the two.
-    squares = [jnp.sum(jnp.square(jnp.abs(leaf))) for leaf in jax.tree.leaves(grads)]
+def _count(guard: Guard, step: Int[Array, ""], grads: PyTree) -> Guard:
+    is_bad = [~jnp.isfinite(jnp.sum(jnp.square(jnp.abs(leaf)))) for leaf in jax.tree.leaves(grads)]
     # One more at the end, so that the first is found in a tree without leaves too.
-    is_bad = jnp.stack([*(~jnp.isfinite(square) for square in squares), jnp.ones((), bool)])
-    first, num_leaves = jnp.argmax(is_bad).astype(jnp.int32), jnp.sum(is_bad[:-1], dtype=jnp.int32)
-    skipped = Guard(guard.num_skipped + 1, guard.num_in_a_row + 1, step, first, num_leaves)
-    kept = guard._replace(num_in_a_row=jnp.zeros((), jnp.int32))
-    return jax.tree.map(lambda a, b: jnp.where(is_kept, a, b), kept, skipped)
+    first = jnp.argmax(jnp.stack([*is_bad, jnp.ones((), bool)])).astype(jnp.int32)
+    num_leaves = sum((one.astype(jnp.int32) for one in is_bad), jnp.zeros((), jnp.int32))
+    return Guard(guard.num_skipped + 1, guard.num_in_a_row + 1, step, first, num_leaves)

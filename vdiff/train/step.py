@@ -143,7 +143,7 @@ def make_train_step(
         combine: `(mean Terms over the batch) -> []`, what is raised; a nonlinear one gives, e.g., free bits.
         ema_decay: decay of the moving average, in [0, 1).
         axis_name: the mapped axis under `pmap_step`; None under `jit_step`.
-        guard: `(state before, state after, metrics, grads) -> (state, metrics)`, what becomes of an update;
+        guard: `(state, update, metrics, grads) -> (state, metrics)`, whether to make an update, `() -> state`;
             `unguarded` makes every one.
 
     Returns:
@@ -171,16 +171,19 @@ def make_train_step(
 
         (negative, (terms, aux)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         grads = _mean_over_devices(grads, axis_name)
-        # Optax's own arithmetic mixes dtypes; that is none of a strict user's business.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        time = state.step.astype(jnp.float32)
-        decay = jnp.minimum(ema_decay, (1.0 + time) / (10.0 + time))
-        ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+
+        def update() -> TrainState:
+            # Optax's own arithmetic mixes dtypes; that is none of a strict user's business.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            time = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1.0 + time) / (10.0 + time))
+            ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+            return TrainState(state.step + 1, params, ema, opt_state, state.key, aux, state.guard)
+
         metrics = {**terms, "objective": -negative, "grad_norm": optax.tree.norm(grads)}
-        new = TrainState(state.step + 1, params, ema, opt_state, state.key, aux, state.guard)
-        return guard(state, new, metrics, grads)
+        return guard(state, update, metrics, grads)
 
     return train_step
 
