@@ -65,6 +65,8 @@ class RunConfig:
     """Updates in a row that may be skipped, for a loss or gradient that is not finite, before the run ends with 3."""
     debug_nans: bool = False
     """Stop at the first operation that makes a NaN and name it; slow."""
+    profile: int = 0
+    """Steps to trace into RUN_DIR/profile, for Perfetto or TensorBoard, after the first two calls; 0 for none."""
 
 
 C = TypeVar("C", bound=RunConfig)
@@ -154,7 +156,7 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         ValueError: if a count is less than one (a few may be zero), or a rate is out of its range.
     """
-    may_be_zero = {"seed", "warmup_steps", "encoder_hidden"}
+    may_be_zero = {"seed", "warmup_steps", "encoder_hidden", "profile"}
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vdiff as vd
 from experiments import runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
+from vdiff.train.loop import default_steps_per_call
+from vdiff.train.profile import traced
 
 
 def optimizer_of(config: runs.RunConfig, *, rise_steps: int = 0) -> optax.GradientTransformation:
@@ -109,7 +111,11 @@ def train(
         runs.console.print(f"resuming at step {start} of {config.num_steps}")
     if start >= config.num_steps:
         return state
+    steps_per_call = 1 if config.debug_nans else default_steps_per_call()
+    unchanged = contextlib.nullcontext(step)
     with (
+        traced(step, directory / "profile", config.profile) if config.profile else unchanged as step,
+        naming_nans() if config.debug_nans else contextlib.nullcontext(),
         vd.stop_on_signals() as stop,
         tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
         progress_bar("training", config.num_steps, start=start) as bar,
@@ -128,16 +134,17 @@ def train(
             events,
             saving,
         )
-        with naming_nans() if config.debug_nans else contextlib.nullcontext():
-            state = vd.fit(
-                state,
-                step,
-                batches,
-                config.num_steps,
-                hooks=all_hooks,
-                steps_per_call=1 if config.debug_nans else None,
-                should_stop=stop,
-            )
+        state = vd.fit(
+            state,
+            step,
+            batches,
+            config.num_steps,
+            hooks=all_hooks,
+            steps_per_call=steps_per_call,
+            should_stop=stop,
+        )
+    if config.profile:
+        runs.console.print(f"trace     {directory / 'profile'}, for ui.perfetto.dev or TensorBoard")
     if stop() and int(state.step) < config.num_steps:
         raise runs.Stopped(stop.number)
     return state

@@ -99,6 +99,13 @@ def test_debug_nans_names_the_operation_and_its_line(tmp_path, capsys):
     assert np.isnan(jnp.log(jnp.float32(-1.0)))
 
 
+def test_a_profile_lies_in_the_run_directory(tmp_path):
+    config = config_of(tmp_path / "run", profile=2)
+    assert begin(config, fit_term)[0] == 0
+    (trace,) = (tmp_path / "run/profile").glob("plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size > 1000
+
+
 @pytest.mark.parametrize("clip", [0.5, 200.0])
 def test_the_gradient_is_clipped_at_the_norm_that_was_asked_for(clip):
     """By part: the model's norm is 5, cv's 12; Adam's first moment after one step is a tenth of what it was given."""

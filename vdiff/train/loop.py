@@ -69,7 +69,7 @@ def fit(
     if not isinstance(step, CompiledStep):
         raise TypeError(f"step: got {type(step).__name__}, expected jit_step(step) or pmap_step(step)")
     if steps_per_call is None:
-        steps_per_call = 1 if jax.default_backend() == "cpu" else 16
+        steps_per_call = default_steps_per_call()
     for name, size in [("steps_per_call", steps_per_call), *(("hooks: every", hook.every) for hook in hooks)]:
         if size < 1:
             raise ValueError(f"{name}: got {size}, expected at least 1")
@@ -101,6 +101,11 @@ def fit(
             more |= hooks[i].call(done, state, _mean(since_call[i]) | more) or {}
             since_call[i].clear()
     return state
+
+
+def default_steps_per_call() -> int:
+    """Tell how many steps `fit` dispatches at once where it is not told: 16 on accelerators, 1 on CPU."""
+    return 1 if jax.default_backend() == "cpu" else 16
 
 
 class StopSignal:
