@@ -5,12 +5,13 @@ python -m experiments.diffusion digits
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import diffusion_page, runs, training
+from experiments import diffusion_page, exporting, runs, training
 from experiments.diffusion_build import Config, Problem, build, num_times
 from vdiff import diffusion, evaluate
 from vdiff.diffusion import weights
@@ -206,8 +207,25 @@ def run(config: Config) -> dict:
     console.print(
         f"ELBO {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images ({judged})"
     )
+    export(config, problem, directory, state, test[0])
     console.print(f"report   {page}")
     return result
+
+
+def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
+    """Export the model with the sampler that was asked for, and of one in latents its VAE."""
+    vae = problem.vae
+    exporting.export_functions(
+        config,
+        directory,
+        state,
+        x=x,
+        z=jax.ShapeDtypeStruct((config.latent_dim or 1,), np.float32),
+        elbo_estimate=problem.model.elbo_estimate,
+        sample=problem.model.sample,
+        encode=None if vae is None else vae.encode,
+        decode=None if vae is None else vae.decode,
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import runs, training
+from experiments import exporting, runs, training
 from vdiff import data, evaluate, nets, report
 from vdiff.types import Key, Params, Terms
 
@@ -210,8 +210,38 @@ def run(config: Config) -> dict:
         console.print(
             f"log p(x)  {score.mean:.2f} +- {score.std_error:.2f} nats by {name}, {score.num_data} test data"
         )
+    export(config, problem, directory, state, problem.test[0])
     console.print(f"report    {page}")
     return result
+
+
+def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
+    """Export the model, with log p(x) as it is judged and the posterior over components for `encode`."""
+    exact = problem.mixture  # its own densities are exact, whatever its q
+
+    def log_prob(key: Key, params: Params, x: jax.Array) -> jax.Array:
+        """Compute log p(x), exact: the key is not used; nats."""
+        return exact.log_prob(params, x)
+
+    def encode(params: Params, x: jax.Array) -> jax.Array:
+        """Compute log p(z | x) of each component; of levels, at their middles."""
+        return exact.log_posterior(
+            params, (x.astype(jnp.float32) + 0.5) / problem.levels if problem.levels else x
+        )
+
+    if problem.levels:
+        posterior = vd.gmm(config.num_components, x.size, covariance=exact.covariance)
+        log_prob = exporting.by_importance(vd.dequantized(posterior, problem.levels), config.eval_samples)
+    exporting.export_functions(
+        config,
+        directory,
+        state,
+        x=x,
+        elbo_estimate=problem.model.elbo_estimate,
+        log_prob=log_prob,
+        sample=problem.model.sample,
+        encode=encode,
+    )
 
 
 def _judge(

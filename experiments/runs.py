@@ -67,6 +67,8 @@ class RunConfig:
     """Stop at the first operation that makes a NaN and name it; slow."""
     profile: int = 0
     """Steps to trace into RUN_DIR/profile, for Perfetto or TensorBoard, after the first two calls; 0 for none."""
+    export: bool = True
+    """Whether the trained functions are exported at the end, for programs without this code; seconds."""
 
 
 C = TypeVar("C", bound=RunConfig)

@@ -6,6 +6,7 @@ python -m experiments.sbn digits --estimator wake_sleep
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import pixels, runs, training
+from experiments import exporting, pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
 Estimator = Literal[
@@ -210,8 +211,25 @@ def run(config: Config) -> dict:
         result=result,
     )
     runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
+    export(config, problem, directory, state, test[0])
     runs.console.print(f"report   {page}")
     return result
+
+
+def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
+    """Export the model; z of `decode` is the bits of all layers."""
+    model = problem.model
+    exporting.export_functions(
+        config,
+        directory,
+        state,
+        x=x,
+        z=jax.eval_shape(model.sample, state.key, state.ema)[1],
+        elbo_estimate=model.elbo_estimate,
+        log_prob=exporting.by_importance(model, config.eval_samples),
+        sample=model.sample,
+        decode=model.decode,
+    )
 
 
 if __name__ == "__main__":

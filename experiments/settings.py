@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-# Where a run lies, how it is begun, when it gives up or looks closer are not what it is.
-_OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "profile"}
+# Where a run lies, how it is begun, when it gives up or looks closer, what it leaves are not what it is.
+_OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "export", "profile"}
 
 
 def differences(config: Any, directory: Path) -> dict[str, tuple[str, str]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import pixels, runs, training
+from experiments import exporting, pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
 
@@ -191,8 +191,35 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, loc, kl.mean(0), key_show, result)
     console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images")
+    export(config, problem, directory, state, test[0])
     console.print(f"report   {page}")
     return result
+
+
+def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
+    """Export the model, and encode and decode in the units of x."""
+
+    def decode(params: vd.Params, z: jax.Array) -> jax.Array:
+        mean = problem.vae.decode(params, z)
+        # The likelihood of dequantised images is of levels in [0, 1), from the middle of one to that of the next.
+        return mean * problem.levels - 0.5 if config.likelihood == "gaussian" else mean
+
+    def encode(params: vd.Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return problem.vae.encode(params, problem.to_vae(x))
+
+    encode.__doc__ = "Compute (loc, scale) of q(z | x)."
+    exporting.export_functions(
+        config,
+        directory,
+        state,
+        x=x,
+        z=jax.ShapeDtypeStruct((config.latent_dim,), jnp.float32),
+        elbo_estimate=problem.model.elbo_estimate,
+        log_prob=exporting.by_importance(problem.model, config.eval_samples),
+        sample=problem.model.sample,
+        encode=encode,
+        decode=decode,
+    )
 
 
 def _unit_kl(problem: Problem) -> Callable[[jax.Array, vd.Params, jax.Array], jax.Array]:

@@ -1,11 +1,14 @@
 """The README's programs run as they stand, and what it says exists does."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+
+from experiments import vae
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -142,6 +145,23 @@ def test_the_guide_to_runs_runs(tmp_path, monkeypatch):
     assert int(first["state"].step) == int(second["state"].step) == 300
     values = [path.read_text() for path in tmp_path.glob("checkpoints/*/metrics/metrics")]
     assert len(values) == 3 and str(int(first["best"].step)) in names_of(tmp_path / "checkpoints")
+
+
+@pytest.mark.slow
+def test_the_guide_to_calling_runs(tmp_path, monkeypatch, capsys):
+    """Its programs on a small run of the experiment that it names."""
+    monkeypatch.chdir(tmp_path)
+    small = {"latent_dim": 12, "num_steps": 20, "eval_samples": 20, "run_dir": Path("runs/vae-digits")}
+    vae.run(dataclasses.replace(vae.PRESETS["smoke"][1], **small))
+    names = run_guide("calling.md")
+    run, keys, images = names["run"], names["keys"], names["images"]
+    np.testing.assert_allclose(names["each"], -run.elbo_estimate(keys, run.ema, images), rtol=1e-6)
+    np.testing.assert_allclose(names["bound"], -names["each"], rtol=1e-6)
+    assert names["per_image"].theta.keys() == names["slope"].theta.keys()
+    assert names["tangents"].shape == (4, 8, 8, 1, 12) and np.any(names["tangents"] != 0)
+    for name in ("shift", "again"):
+        np.testing.assert_allclose(names[name], names["loc"].sum(1), rtol=1e-4, atol=1e-5)
+    assert "20 draws" in capsys.readouterr().out
 
 
 PAGES = [

@@ -19,6 +19,7 @@ RANK = {
     "relaxations": 1,
     "nets": 1,
     "data": 1,
+    "exported": 1,
     "models": 2,
     "baselines": 2,
     "diffusion": 2,

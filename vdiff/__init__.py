@@ -51,6 +51,11 @@ from vdiff.estimators.wake_sleep import wake_sleep as wake_sleep
 from vdiff.evaluate.checks.model import check_model as check_model
 from vdiff.evaluate.gradients import gradient_report as gradient_report
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
+from vdiff.exported.function import export as export
+from vdiff.exported.function import load_function as load_function
+from vdiff.exported.run import Run as Run
+from vdiff.exported.run import export_run as export_run
+from vdiff.exported.run import load_run as load_run
 from vdiff.models import families as families
 from vdiff.models.concrete import concrete as concrete
 from vdiff.models.conditional import conditional as conditional
