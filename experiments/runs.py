@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -116,10 +116,18 @@ def main(experiment: Callable[[C], Any], presets: Mapping[str, tuple[str, C]]) -
         code = exit_code(experiment, config)
     except KeyboardInterrupt as interrupt:
         errors.print("[bold yellow]stopped[/] at once; the same command goes on from the last checkpoint")
-        sys.stdout.flush()
-        # Leaving in the usual way would wait for a checkpoint that is being written.
-        os._exit(128 + next(iter(interrupt.args), signal.SIGINT))
+        # The usual way would wait for a checkpoint that is being written.
+        _leave(128 + next(iter(interrupt.args), signal.SIGINT))
+    if code == 1:
+        _leave(code)  # the usual way would try to write what is left, and print a traceback for each
     sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without what libraries do at its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def exit_code(experiment: Callable[[C], Any], config: C) -> int:
@@ -138,7 +146,9 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
         errors.print(f"[bold yellow]stopped[/] {_plain(stop)}")
         return 128 + stop.number
     except OSError as error:
-        errors.print(f"[bold red]failed[/] {_plain(error)}")
+        # What a full disk raises names no file.
+        where = f": {config.run_dir}" if error.errno and not error.filename else ""
+        errors.print(f"[bold red]failed[/] {_plain(error)}{_plain(where)}")
         return 1
     return 0
 

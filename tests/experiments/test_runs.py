@@ -274,13 +274,21 @@ def test_unknown_flags_and_presets_exit_with_code_2():
         assert arguments[-2 if len(arguments) > 1 else -1].strip("-") in (done.stdout + done.stderr)
 
 
+SIGNALS = [
+    (
+        signal.SIGTERM,
+        ["experiments.vae", "smoke", "--hidden", "16", "--eval-samples", "2", "--eval-images", "20"],
+    ),
+    (signal.SIGINT, ["tests.tiny_run", "tiny", "--pause", "0.01"]),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, tmp_path):
+@pytest.mark.parametrize(("number", "experiment"), SIGNALS)
+def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, experiment, tmp_path):
     def command(directory):
         flags = ["--num-steps", "600", "--log-every", "5", "--checkpoint-every", "100000"]
-        flags += ["--hidden", "16", "--eval-samples", "2", "--eval-images", "20", "--run-dir", str(directory)]
-        return [sys.executable, "-m", "experiments.vae", "smoke", *flags]
+        return [sys.executable, "-m", *experiment, *flags, "--run-dir", str(directory)]
 
     process = subprocess.Popen(command(tmp_path / "a"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
     rows = tmp_path / "a/metrics.jsonl"
@@ -305,3 +313,33 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, tmp_path):
     assert resumed["metrics"] == straight["metrics"]
     steps = [json.loads(line)["step"] for line in rows.read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(tmp_path):
+    """In the middle of a step, without saving; the code is the signal's."""
+    command = [
+        sys.executable,
+        "-m",
+        "tests.tiny_run",
+        "tiny",
+        "--pause",
+        "4",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    rows, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
+    while not (rows.exists() and rows.read_text().count("\n") == 1):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGTERM)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began < 3
+    assert process.returncode == 143
+    assert stderr.splitlines() == ["stopped at once; the same command goes on from the last checkpoint"]
+    assert vd.latest_step(tmp_path / "run/checkpoints") is None

@@ -1,8 +1,12 @@
 """Restoring: every bit comes back, a resumed run is the run, damage is passed over and what is foreign refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -16,6 +20,7 @@ from flax import nnx
 
 import vdiff as vd
 from tests.train import tiny
+from tests.train.on_devices import state as many
 from tests.train.tiny import at, batches, build, equal, start
 from vdiff.train import checksums
 
@@ -261,3 +266,31 @@ def test_best_step_passes_over_what_is_damaged(tmp_path):
     assert vd.best_step(tmp_path, "score") == 2 and vd.best_step(tmp_path, "other") is None
     tiny.truncate(tmp_path / "2/default/_METADATA")
     assert vd.best_step(tmp_path, "score") == 1
+
+
+def on_devices(num_devices, action, *directories):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "JAX_PLATFORMS": "cpu",
+    }
+    command = [sys.executable, "-m", "tests.train.on_devices", action, *map(str, directories)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_saved_on_some_devices_restored_on_others_in_any_placement(tmp_path):
+    """On one device, whole on each or split over them: eight to one and two, one to two, two to eight."""
+    on_devices(8, "save", tmp_path / "8")
+    on_devices(2, "save", tmp_path / "2")
+    vd.save(tmp_path / "1/one", many())
+    for saved in ("2/whole", "2/split", "8/whole", "8/split"):
+        equal(vd.restore(tmp_path / saved, many(seed=2)), many())
+    assert on_devices(2, "restore", tmp_path / "1", tmp_path / "8") == [
+        f"2 devices restored {n}" for n in (1, 2)
+    ]
+    assert on_devices(8, "restore", tmp_path / "2") == ["8 devices restored 2"]

@@ -160,7 +160,8 @@ def _open(
 
 def _set_aside(directory: Path, first: int) -> None:
     """Rename the damaged checkpoints from a step on, which a run that resumed before them will reach again."""
-    for step in saved_steps(directory):
+    steps = saved_steps(directory) if jax.process_index() == 0 else []
+    for step in steps:
         folder = directory / str(step)
         if step < first:
             continue

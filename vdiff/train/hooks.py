@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,9 @@ def write_metrics(path: str | Path, *, start: int = 0, every: int = 50) -> Hook:
     """
     path = Path(path)
     rows = _rows_until(path, start)
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    os.replace(temporary, path)
     before = float(rows[-1]["seconds"]) if rows else 0.0
     began = time.perf_counter()
 
