@@ -108,6 +108,13 @@ def test_a_metric_that_nobody_gives_is_named(tmp_path):
     equal(vd.restore(tmp_path, start()), at(1))
 
 
+def test_a_metric_that_is_never_finite_is_no_error(tmp_path):
+    with vd.checkpoint_every(1, tmp_path, best="score") as saving:
+        saving.call(1, at(1), {"score": float("nan")})
+    assert vd.best_step(tmp_path, "score") is None
+    equal(vd.restore(tmp_path, start()), at(1))
+
+
 def test_save_keeps_the_newest(tmp_path):
     for i in range(1, 6):
         vd.save(tmp_path, at(i, seed=i), keep_last=2)

@@ -64,7 +64,7 @@ def checkpoint_every(
 
     Raises:
         OSError: if the disk does not take a checkpoint, at the next one or on leaving; earlier ones stay as they are.
-        ValueError: if the directory holds a later step; on leaving, if no checkpoint had a value of `best`.
+        ValueError: if the directory holds a later step; on leaving, if `best` is the name of no metric.
     """
     with _writer(Path(directory).absolute(), keep_last, best) as write:
         yield Hook(num_steps, write)
@@ -100,7 +100,7 @@ def _writer(directory: Path, keep_last: int, best: str | None) -> Iterator[_Writ
     def write(step: int, state: TrainState, metrics: dict[str, float]) -> None:
         nonlocal manager, written, is_pending
         finish()
-        seen.update(name for name, value in metrics.items() if math.isfinite(value))
+        seen.update(metrics)
         if manager is None:
             with _one_line(directory, step):
                 manager = _open(directory, keep_last, best, seal, step)
