@@ -45,6 +45,8 @@ class Config(runs.RunConfig):
     """What the network gives: logits of each pixel's levels, or one of the readings in vdiff.predict."""
     reverse_variance: Literal["posterior", "beta", "learned"] = "posterior"
     """The spread of a reverse step: of the chain's ELBO, and of the samples."""
+    remat: bool = False
+    """Compute what lies within the network's blocks again for the gradient, and so hold less of it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the computation inside the network."""
     latent_dim: int | None = None
@@ -233,12 +235,14 @@ def _prediction(config: Config, data_scale: float) -> predict.Prediction:
 
 def _network(config: Config, shape: tuple[int, ...], levels: int) -> vd.Network:
     dtype = jnp.dtype(config.precision)
+    blocks = {"around": nets.rematerialized_block} if config.remat else {}
     if config.network == "mlp":
         if config.prediction == "level":
             raise ValueError(
                 "prediction: got level for the network mlp, expected another; use --prediction data"
             )
-        return nets.time_mlp(shape, hidden=(config.width,) * config.depth, dtype=dtype)
+        net = nets.time_mlp(shape, hidden=(config.width,) * config.depth, dtype=dtype)
+        return nets.rematerialized(net) if config.remat else net
     channels = shape[-1] * (levels if config.prediction == "level" else 1)
     if config.network == "unet":
         features = tuple(config.width * 2**level for level in range(config.depth))
@@ -250,11 +254,12 @@ def _network(config: Config, shape: tuple[int, ...], levels: int) -> vd.Network:
             attention=coarsest,
             patch=config.patch or 1,
             dtype=dtype,
+            **blocks,
         )
     else:
         heads = next(heads for heads in (4, 3, 2, 1) if config.width % heads == 0)
         size = {"patch": config.patch or 2, "width": config.width, "depth": config.depth, "heads": heads}
-        net = nets.dit(shape, out_channels=channels, dtype=dtype, **size)
+        net = nets.dit(shape, out_channels=channels, dtype=dtype, **size, **blocks)
     return diffusion.expected_level(net, levels) if config.prediction == "level" else net
 
 

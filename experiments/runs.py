@@ -55,8 +55,12 @@ class RunConfig:
     """Norm at which the gradient is clipped; the default is rarely met."""
     ema_decay: float = 0.999
     """Decay of the moving average of the parameters, which evaluation and pictures use."""
-    parallel: Literal["jit", "pmap"] = "jit"
-    """How several devices share a step: split by the compiler, or mapped by jax.pmap."""
+    parallel: Literal["jit", "pmap", "fsdp"] = "jit"
+    """How devices share a step: each the whole state by jit or jax.pmap, or each a slice of it by fsdp."""
+    accumulate: int = 1
+    """Into how many parts a device cuts its share of a batch, to hold one part's activations; changes no result."""
+    split_features: int = 1
+    """fsdp only: how many devices share the features of each large layer, a divisor of their number."""
     log_every: int = 50
     """Steps between two rows of metrics."""
     checkpoint_every: int = 1000
@@ -173,6 +177,11 @@ def check_settings(config: RunConfig) -> None:
         value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise ValueError(f"{field.name}: got {value}, expected at least {least}")
+    if config.split_features > 1 and config.parallel != "fsdp":
+        raise ValueError(
+            f"split_features: got {config.split_features} with parallel {config.parallel}, whose devices hold whole "
+            "layers, expected 1; use --parallel fsdp"
+        )
     if not (config.learning_rate > 0 and np.isfinite(config.learning_rate)):
         raise ValueError(f"learning_rate: got {config.learning_rate}, expected a positive number, e.g. 1e-3")
     if not config.clip > 0:

@@ -10,8 +10,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-# Where a run lies, how it is begun, when it gives up or looks closer, what it leaves are not what it is.
-_OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "export", "profile"}
+# Where a run lies, how it is begun, when it gives up or looks closer, what it leaves, how devices share it are not
+# what it is.
+_OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "export", "profile"} | {
+    *("parallel", "accumulate", "split_features", "remat"),
+}
 
 
 def differences(config: Any, directory: Path) -> dict[str, tuple[str, str]]:

@@ -79,14 +79,9 @@ def train(
     checkpoints = directory / "checkpoints"
     with runs.refusing():
         optimizer = optimizer_of(config) if optimizer is None else optimizer
-        axis_name = "data" if config.parallel == "pmap" else None
-        raw_step = vd.make_train_step(
-            objective, optimizer, batching=batching, ema_decay=config.ema_decay, axis_name=axis_name
-        )
-        if config.parallel == "pmap":
-            step = vd.pmap_step(raw_step, "data")
-        else:
-            step = vd.jit_step(raw_step, vd.data_mesh() if jax.device_count() > 1 else None)
+        parts = {"batching": batching, "num_accumulate": config.accumulate}
+        raw_step = vd.make_train_step(objective, optimizer, ema_decay=config.ema_decay, **parts)
+        step = compiled_step(config, raw_step)
         in_memory = isinstance(images, np.ndarray)
         shuffle = vd.data.permutations.drawn if in_memory else vd.data.permutations.keyed
         batches = runs.refusing()(
@@ -160,6 +155,19 @@ def naming_nans() -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         made = [frame for frame in frames if not frame.filename.startswith(jax.__path__[0])][-1]
         raise DivergedError(f"got {error}, made at {made.filename}:{made.lineno} by `{made.line}`") from error
+
+
+def compiled_step(config: runs.RunConfig, step: vd.train.step.TrainStep) -> vd.train.parallel.CompiledStep:
+    """Compile a step for the devices that there are, in the way that the settings ask for.
+
+    Raises:
+        ValueError: if features cannot be split over so many devices.
+    """
+    if config.parallel == "pmap":
+        return vd.pmap_step(step)
+    if config.parallel == "fsdp":
+        return vd.fsdp_step(step, vd.data_mesh(model=config.split_features))
+    return vd.jit_step(step, vd.data_mesh() if jax.device_count() > 1 else None)
 
 
 def held_out(

@@ -30,6 +30,10 @@ class Config(runs.RunConfig):
     """Perceptrons or small convolutional networks."""
     hidden: tuple[int, ...] = (512, 512)
     """Widths of the perceptrons' hidden layers, in the encoder; the decoder has them in reverse."""
+    remat: bool = False
+    """Compute the networks' hidden layers again for the gradient, and so hold less."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation inside the networks."""
     latent_dim: int = 16
     """Units of z."""
     prior_components: int = 1
@@ -109,12 +113,16 @@ def build(config: Config) -> Problem:
     shape, levels = dataset.train.shape[1:], dataset.levels
     likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](pixels.looked_at(dataset.train), levels)
     out_shape = likelihood.out_shape(shape)
+    inside = {} if config.precision == "float32" else {"dtype": jnp.dtype(config.precision)}
     if config.network == "conv":
-        encoder = nets.conv_encoder(shape, 2 * config.latent_dim)
-        decoder = nets.conv_decoder(config.latent_dim, out_shape)
+        encoder = nets.conv_encoder(shape, 2 * config.latent_dim, **inside)
+        decoder = nets.conv_decoder(config.latent_dim, out_shape, **inside)
     else:
-        encoder = nets.mlp(shape, (2 * config.latent_dim,), hidden=config.hidden)
-        decoder = nets.mlp((config.latent_dim,), out_shape, hidden=config.hidden[::-1], out_bias=out_bias)
+        encoder = nets.mlp(shape, (2 * config.latent_dim,), hidden=config.hidden, **inside)
+        layers = {"hidden": config.hidden[::-1], "out_bias": out_bias}
+        decoder = nets.mlp((config.latent_dim,), out_shape, **layers, **inside)
+    if config.remat:
+        encoder, decoder = nets.rematerialized(encoder), nets.rematerialized(decoder)
     prior = None
     if config.prior_components > 1:
         mixture = vd.gmm(config.prior_components, config.latent_dim, covariance=vd.diagonal_covariance)

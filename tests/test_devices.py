@@ -6,6 +6,7 @@ Run as a script, this file makes the comparisons and prints them as JSON; the te
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -171,6 +172,19 @@ def sharding(start, steps, batches):
     }
 
 
+def reductions(start, steps, batches):
+    """How many operands each all-reduce of the compiled step has, scalars left out; and how many lie outside loops."""
+    found = {}
+    for mode in ("jit", "pmap"):
+        text = steps[mode].lower(start(), batches(0)[None]).compile().as_text()
+        for where, part in (("anywhere", text), ("outside loops", text[text.index("\nENTRY ") :])):
+            operands = [
+                re.findall(r"f32\[[\d,]+\]", types) for types in re.findall(r"= (.*?) all-reduce\(", part)
+            ]
+            found[f"{mode}, {where}"] = [len(arrays) for arrays in operands if arrays]
+    return found
+
+
 def baseline_network():
     """A linear one, of x [2]; RELAX's is of z [2] too."""
 
@@ -328,6 +342,10 @@ def main():
             result["refusals"] = refusals(start, steps, batches)
             result["skips"] = compare_skips()
             result["sharding"] = sharding(start, steps, batches)
+            result["reductions"] = reductions(start, steps, batches)
+            parts = compiled_steps(model, optimizer, num_accumulate=4)
+            result["reductions of parts"] = reductions(start, parts, batches)
+            result["num_leaves"] = len(jax.tree.leaves(start().params))
     # Three programs of thirteen estimators: without optimisation they compile in two thirds of the time.
     jax.config.update("jax_disable_most_optimizations", True)
     result["estimators"] = compare_estimators()
@@ -343,7 +361,7 @@ def result():
     roots = [Path(vd.__file__).parents[1], Path(__file__).parents[1]]
     environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in roots)
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -411,6 +429,12 @@ def test_a_nan_on_one_device_skips_the_update_on_all(result):
     assert result["skips"].keys() == {"one", "jit", "pmap"}
     for mode, found in result["skips"].items():
         assert found == {"distance": 0.0, "guard": [1, 0, 3, 0, 1], "num_skipped": [1]}, mode
+
+
+def test_gradients_are_reduced_once(result):
+    """One all-reduce with every leaf of the gradient in it, also where each device takes its share in four parts."""
+    for found in (result["reductions"], result["reductions of parts"]):
+        assert found == dict.fromkeys(found, [result["num_leaves"]]) and len(found) == 4
 
 
 def test_shard_batch_splits_and_keeps(result):

@@ -98,6 +98,7 @@ from vdiff.train.loop import Hook as Hook
 from vdiff.train.loop import fit as fit
 from vdiff.train.loop import stop_on_signals as stop_on_signals
 from vdiff.train.parallel import data_mesh as data_mesh
+from vdiff.train.parallel import fsdp_step as fsdp_step
 from vdiff.train.parallel import jit_step as jit_step
 from vdiff.train.parallel import pmap_step as pmap_step
 from vdiff.train.parallel import shard_batch as shard_batch

@@ -185,7 +185,8 @@ def test_a_second_fit_compiles_nothing():
 def test_plain_functions_and_bad_numbers_are_refused(step, unchecked):
     plain = vd.make_train_step(objective, OPTIMIZER)
     with pytest.raises(
-        TypeError, match=r"step: got function, expected jit_step\(step\) or pmap_step\(step\)"
+        TypeError,
+        match=r"step: got TrainStep, expected jit_step\(step\), fsdp_step\(step, mesh\) or pmap_step\(step\)",
     ):
         vd.fit(start(), plain, batches, 3)
     with pytest.raises(ValueError, match="steps_per_call: got 0, expected at least 1"):

@@ -7,6 +7,8 @@ from vdiff.nets.conv import conv_decoder as conv_decoder
 from vdiff.nets.conv import conv_encoder as conv_encoder
 from vdiff.nets.dit import dit as dit
 from vdiff.nets.mlp import mlp as mlp
+from vdiff.nets.rematerialized import rematerialized as rematerialized
+from vdiff.nets.rematerialized import rematerialized_block as rematerialized_block
 from vdiff.nets.time import fourier_features as fourier_features
 from vdiff.nets.time_mlp import time_mlp as time_mlp
 from vdiff.nets.unet import unet as unet

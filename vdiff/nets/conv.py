@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from vdiff.nets.adapters import from_linen
@@ -17,14 +18,16 @@ class _ConvEncoder(nn.Module):
     features: tuple[int, ...]
     hidden: int
     activation: Callable[[Array], Array]
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         h = x
         for width in self.features:
-            h = self.activation(nn.Conv(width, (3, 3), strides=(2, 2))(h))
-        h = self.activation(nn.Dense(self.hidden)(h.ravel()))
-        return nn.Dense(self.out_dim)(h)
+            h = self.activation(nn.Conv(width, (3, 3), strides=(2, 2), dtype=self.dtype)(h))
+        h = self.activation(nn.Dense(self.hidden, dtype=self.dtype)(h.ravel()))
+        out = nn.Dense(self.out_dim, dtype=self.dtype)(h)
+        return out if self.dtype is None else out.astype(jnp.float32)
 
 
 class _ConvDecoder(nn.Module):
@@ -33,20 +36,23 @@ class _ConvDecoder(nn.Module):
     hidden: int
     activation: Callable[[Array], Array]
     out_bias: float
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
         height, width, *outs = self.out_shape
         scale = 2 ** len(self.features)
         low_height, low_width = -(-height // scale), -(-width // scale)
-        h = self.activation(nn.Dense(self.hidden)(z))
-        h = self.activation(nn.Dense(low_height * low_width * self.features[0])(h))
+        h = self.activation(nn.Dense(self.hidden, dtype=self.dtype)(z))
+        size = low_height * low_width * self.features[0]
+        h = self.activation(nn.Dense(size, dtype=self.dtype)(h))
         h = h.reshape(low_height, low_width, self.features[0])
         for features in self.features:
-            h = self.activation(nn.ConvTranspose(features, (3, 3), strides=(2, 2))(h))
+            h = self.activation(nn.ConvTranspose(features, (3, 3), strides=(2, 2), dtype=self.dtype)(h))
         bias_init = nn.initializers.constant(self.out_bias)
-        out = nn.Conv(math.prod(outs), (3, 3), bias_init=bias_init)(h)
-        return out[:height, :width].reshape(self.out_shape)
+        out = nn.Conv(math.prod(outs), (3, 3), bias_init=bias_init, dtype=self.dtype)(h)
+        out = out[:height, :width].reshape(self.out_shape)
+        return out if self.dtype is None else out.astype(jnp.float32)
 
 
 def conv_encoder(
@@ -56,6 +62,7 @@ def conv_encoder(
     features: Sequence[int] = (32, 64),
     hidden: int = 256,
     activation: Callable[[Array], Array] = jax.nn.gelu,
+    dtype: DTypeLike | None = None,
 ) -> Network:
     """Build strided 3x3 convolutions and one hidden layer, from an image to a vector.
 
@@ -65,6 +72,8 @@ def conv_encoder(
         features: channels after each halving of height and width.
         hidden: width of the dense layer.
         activation: elementwise nonlinearity.
+        dtype: of the computation inside, e.g. bfloat16; parameters and output are float32 all the same. None for
+            that of the input and the parameters.
 
     Returns:
         A `Network` with `apply(params, x [H, W, C]) -> [out_dim]`.
@@ -74,7 +83,7 @@ def conv_encoder(
     """
     if len(in_shape) != 3:
         raise ValueError(f"in_shape: got {tuple(in_shape)}, expected (H, W, C); add a channel axis")
-    module = _ConvEncoder(out_dim, tuple(features), hidden, activation)
+    module = _ConvEncoder(out_dim, tuple(features), hidden, activation, dtype)
     return from_linen(module, jnp.zeros(tuple(in_shape)))
 
 
@@ -86,6 +95,7 @@ def conv_decoder(
     hidden: int = 256,
     activation: Callable[[Array], Array] = jax.nn.gelu,
     out_bias: float = 0.0,
+    dtype: DTypeLike | None = None,
 ) -> Network:
     """Build one hidden layer and transposed 3x3 convolutions, from a vector to an image.
 
@@ -97,6 +107,8 @@ def conv_decoder(
         hidden: width of the dense layer.
         activation: elementwise nonlinearity.
         out_bias: where the output starts, e.g. the logit of the mean pixel.
+        dtype: of the computation inside, e.g. bfloat16; parameters and output are float32 all the same. None for
+            that of the input and the parameters.
 
     Returns:
         A `Network` with `apply(params, z [latent_dim]) -> [*out_shape]`.
@@ -110,5 +122,5 @@ def conv_decoder(
         raise ValueError(
             "features: got none, expected the channels of at least one doubling; use mlp without"
         )
-    module = _ConvDecoder(tuple(out_shape), tuple(features), hidden, activation, out_bias)
+    module = _ConvDecoder(tuple(out_shape), tuple(features), hidden, activation, out_bias, dtype)
     return from_linen(module, jnp.zeros((latent_dim,)))

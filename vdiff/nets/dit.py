@@ -14,6 +14,7 @@ from vdiff.nets.adapters import from_linen
 from vdiff.nets.attention import self_attention
 from vdiff.nets.norm import film, layer_norm
 from vdiff.nets.patches import check_patch, patchify, unpatchify
+from vdiff.nets.rematerialized import Around, called, unchanged
 from vdiff.nets.time import TimeEmbedding, time_examples
 from vdiff.types import Key, Network
 
@@ -58,6 +59,7 @@ class _DiT(nn.Module):
     heads: int
     num_labels: int
     dtype: DTypeLike
+    around: Around
 
     @nn.compact
     def __call__(self, z: Array, log_snr: Array, *label: Array) -> Array:
@@ -71,7 +73,7 @@ class _DiT(nn.Module):
         h = nn.Dense(self.width, dtype=self.dtype, name="embed")(x.reshape(rows * columns, -1))
         h = h + self.param("positions", start).astype(self.dtype)
         for i in range(self.depth):
-            h = _Block(self.heads, self.dtype, name=f"block_{i}")(h, e)
+            h = self.around(called)(_Block(self.heads, self.dtype, name=f"block_{i}"), h, e)
         adaptive = nn.Dense(2 * self.width, dtype=self.dtype, kernel_init=ZERO, name="adaptive")(e)
         scale, shift = jnp.split(adaptive, 2)
         size = self.patch**2 * self.out_channels
@@ -91,6 +93,7 @@ def dit(
     out_channels: int | None = None,
     num_labels: int = 0,
     dtype: DTypeLike = jnp.float32,
+    around: Around = unchanged,
 ) -> Network:
     r"""Build a transformer over the patches of an image, with layer norms set by the time (adaLN-zero).
 
@@ -110,6 +113,8 @@ def dit(
         out_channels: channels of the output; those of z when left out.
         num_labels: number of classes; with 0 the network takes no label.
         dtype: of the computation inside; parameters, input and output are float32 all the same.
+        around: put around each block, `(function) -> function` of the block and its inputs; `rematerialized_block`
+            computes a block again for the gradient, so that the inner activations of one are held at a time.
 
     Returns:
         A `Network` with `apply(params, z [H, W, C], log_snr []) -> [H, W, out_channels]`; with labels
@@ -129,5 +134,5 @@ def dit(
             f"heads: got {heads} for width {width}, expected a divisor of the width; use {math.gcd(heads, width)}"
         )
     channels = shape[-1] if out_channels is None else out_channels
-    module = _DiT(channels, patch, width, depth, heads, num_labels, dtype)
+    module = _DiT(channels, patch, width, depth, heads, num_labels, dtype, around)
     return from_linen(module, jnp.zeros(tuple(shape)), *time_examples(num_labels))

@@ -13,6 +13,7 @@ from vdiff.nets.adapters import from_linen
 from vdiff.nets.attention import self_attention
 from vdiff.nets.norm import film, group_norm
 from vdiff.nets.patches import check_patch, patchify, unpatchify
+from vdiff.nets.rematerialized import Around, called, unchanged
 from vdiff.nets.time import TimeEmbedding, time_examples
 from vdiff.types import Network
 
@@ -69,10 +70,11 @@ class _UNet(nn.Module):
     patch: int
     num_labels: int
     dtype: DTypeLike
+    around: Around
 
     def _stage(self, h: Array, e: Array, level: int) -> Array:
-        h = _Block(self.features[level], self.dtype)(h, e)
-        return _Attention(self.dtype)(h) if level in self.attention else h
+        h = self.around(called)(_Block(self.features[level], self.dtype), h, e)
+        return self.around(called)(_Attention(self.dtype), h) if level in self.attention else h
 
     @nn.compact
     def __call__(self, z: Array, log_snr: Array, *label: Array) -> Array:
@@ -111,6 +113,7 @@ def unet(
     patch: int = 1,
     num_labels: int = 0,
     dtype: DTypeLike = jnp.float32,
+    around: Around = unchanged,
 ) -> Network:
     """Build residual convolutions on ever coarser grids and back, joined by skip connections.
 
@@ -131,6 +134,8 @@ def unet(
             costliest level is gone, and each of the others may be wider for the same time.
         num_labels: number of classes; with 0 the network takes no label.
         dtype: of the computation inside; parameters, input and output are float32 all the same.
+        around: put around each block, `(function) -> function` of the block and its inputs; `rematerialized_block`
+            computes a block again for the gradient, so that the inner activations of one are held at a time.
 
     Returns:
         A `Network` with `apply(params, z [H, W, C], log_snr []) -> [H, W, out_channels]`; with labels
@@ -159,5 +164,5 @@ def unet(
     check_patch(patch, shape)
     channels = shape[-1] if out_channels is None else out_channels
     attended = tuple(levels[level] for level in attention)
-    module = _UNet(channels, tuple(features), num_blocks, attended, patch, num_labels, dtype)
+    module = _UNet(channels, tuple(features), num_blocks, attended, patch, num_labels, dtype, around)
     return from_linen(module, jnp.zeros(tuple(shape)), *time_examples(num_labels))

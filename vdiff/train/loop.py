@@ -50,7 +50,7 @@ def fit(
 
     Args:
         state: from `init_state` or `restore`; donated.
-        step: from `jit_step` or `pmap_step`.
+        step: from `jit_step`, `fsdp_step` or `pmap_step`.
         batches: `(step) -> batch [B, ...]`, NumPy; a pure function of the step.
         num_steps: the step at which to end, counted from the start of the run; a state that is there already
             comes back as it is.
@@ -67,7 +67,9 @@ def fit(
         ValueError: if `steps_per_call` or a hook's `every` is less than one.
     """
     if not isinstance(step, CompiledStep):
-        raise TypeError(f"step: got {type(step).__name__}, expected jit_step(step) or pmap_step(step)")
+        raise TypeError(
+            f"step: got {type(step).__name__}, expected jit_step(step), fsdp_step(step, mesh) or pmap_step(step)"
+        )
     if steps_per_call is None:
         steps_per_call = default_steps_per_call()
     for name, size in [("steps_per_call", steps_per_call), *(("hooks: every", hook.every) for hook in hooks)]:

@@ -1,11 +1,12 @@
 r"""The same step on one device or many.
 
-`jit_step` lets the compiler split a global batch over a mesh; `pmap_step` maps the step over the local
-devices of one host. The state is whole in both: it never grows a device axis, so either mode goes on from
-the other's checkpoint, and both compute what one device computes.
+`jit_step` splits a global batch over a mesh, `fsdp_step` the state too; `pmap_step` maps the step over the local
+devices of one host. The state never grows a device axis, so each mode goes on from the others' checkpoints, and all
+compute what one device computes.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,24 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from vdiff.train.step import Metrics, TrainState, TrainStep, many_steps
+from vdiff.train.accumulation import Gradient
+from vdiff.train.sharding import (
+    AXIS,
+    MIN_SIZE,
+    MODEL_AXIS,
+    RULES,
+    Rules,
+    SpecOf,
+    along_data,
+    by_rules,
+    gathered,
+    placed,
+    scattered_mean,
+    shape_at,
+    state_specs,
+    whole,
+)
+from vdiff.train.step import Metrics, TrainState, TrainStep, check_divides, many_steps
 from vdiff.types import PyTree
 
 
@@ -24,20 +42,43 @@ class CompiledStep(NamedTuple):
     Attributes:
         run: `(state, batches [n, B, ...] as placed, count) -> (state, metrics)`, `count` steps in one call.
         place: `(batches [n, B, ...]) -> the same on the devices`.
+        lower: `(state, batches [n, B, ...]) -> jax.stages.Lowered`, what `run` compiles, from arrays or their shapes;
+            `.compile()` tells its HLO, its memory and its FLOPs.
     """
 
     run: Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics]]
     place: Callable[[PyTree], PyTree]
+    lower: Callable[[TrainState, PyTree], jax.stages.Lowered]
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Take one step on a global batch [B, ...]."""
         return self.run(state, self.place(jax.tree.map(lambda leaf: leaf[None], batch)), 1)
 
 
-def data_mesh() -> Mesh:
-    """Make a mesh of all devices with the one axis "data"."""
+def data_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make a mesh of all devices with the axis "data", and the axis "model" if features are to be split too.
+
+    Args:
+        model: how many devices share the features of a large layer, under `fsdp_step`; a divisor of the devices.
+        devices: which devices; all when left out.
+
+    Returns:
+        A mesh ("data",), or ("data", "model").
+
+    Raises:
+        ValueError: if `model` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if model < 1 or len(devices) % model:
+        fits = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+        raise ValueError(
+            f"model: got {model} for {len(devices)} devices, expected a divisor; use one of {fits}"
+        )
+    shape, names = (len(devices) // model, model), (AXIS, MODEL_AXIS)
+    num_axes = 1 if model == 1 else 2
     # Auto axes: with explicit ones, a vmap over a sharded and an unsharded input raises.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    types = (AxisType.Auto,) * num_axes
+    return jax.make_mesh(shape[:num_axes], names[:num_axes], devices=devices, axis_types=types)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
@@ -46,12 +87,15 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Raises:
         ValueError: if B is not a multiple of the axis.
     """
-    _check_divides(batch, axis=0, num_devices=mesh.shape["data"])
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    _check_batches(batch, axis=0, num_devices=mesh.shape[AXIS])
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
 
 
 def jit_step(step: TrainStep, mesh: Mesh | None = None) -> CompiledStep:
     """Compile a step for one device, or for a mesh with the batch split over its "data" axis.
+
+    Each device of a mesh takes the gradient of its share, in as many parts as the step has; then the devices take the
+    mean, once, and each makes the same update.
 
     Args:
         step: from `make_train_step(..., axis_name=None)`.
@@ -61,33 +105,48 @@ def jit_step(step: TrainStep, mesh: Mesh | None = None) -> CompiledStep:
         A `CompiledStep`; parameters are whole on every device.
 
     Raises:
-        ValueError: when called, if the batch is not a multiple of the devices.
+        ValueError: when called, if the batch is not a multiple of the devices, times the step's parts.
     """
-    take = many_steps(step)
-    if mesh is None:
-        compiled = jax.jit(take, donate_argnums=0)
-        return CompiledStep(
-            lambda state, batches, count: compiled(state, batches, jnp.int32(count)), jax.device_put
-        )
-
-    whole = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec(None, "data"))
-    compiled = jax.jit(
-        take, donate_argnums=0, in_shardings=(whole, split, whole), out_shardings=(whole, whole)
-    )
+    if mesh is not None:
+        return _mesh_step(step, mesh, whole)
+    compiled = jax.jit(many_steps(step), donate_argnums=0)
 
     def place(batches: PyTree) -> PyTree:
-        _check_divides(batches, axis=1, num_devices=mesh.shape["data"])
-        return jax.device_put(batches, split)
+        _check_batches(batches, axis=1, num_parts=step.num_accumulate)
+        return jax.device_put(batches)
 
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
-        # A no-op but for the first call, when the state lies on one device.
-        return compiled(jax.device_put(state, whole), batches, jnp.int32(count))
+        return compiled(state, batches, jnp.int32(count))
 
-    return CompiledStep(run, place)
+    return CompiledStep(run, place, lambda state, batches: compiled.lower(state, batches, _COUNT))
 
 
-def pmap_step(step: TrainStep, axis_name: str = "data") -> CompiledStep:
+def fsdp_step(step: TrainStep, mesh: Mesh, *, rules: Rules = RULES, min_size: int = MIN_SIZE) -> CompiledStep:
+    """Compile a step for a mesh with the batch and the state split over it: fully sharded data parallelism.
+
+    Between steps a device holds its slice of parameters, moving average and optimizer's state. In a step the parameters
+    are gathered, each device takes the gradient of its share of the batch, in as many parts as the step has; then each
+    gets the mean of its own slice of the gradient, once, and updates that slice.
+
+    Args:
+        step: from `make_train_step(..., axis_name=None)`.
+        mesh: from `data_mesh()`; with an axis "model", the features of large layers are split over that one besides.
+        rules: pairs (pattern of a leaf's path, which of its axes is split over "model").
+        min_size: leaves with fewer numbers stay whole on every device, as do those of which no axis divides.
+
+    Returns:
+        A `CompiledStep`; it splits a state that is whole.
+
+    Raises:
+        ValueError: when called, if the batch is not a multiple of the data axis, times the step's parts.
+
+    Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020; Xu et al.,
+    GSPMD: General and Scalable Parallelization for ML Computation Graphs, 2021.
+    """
+    return _mesh_step(step, mesh, by_rules(mesh, rules, min_size))
+
+
+def pmap_step(step: TrainStep, axis_name: str = AXIS) -> CompiledStep:
     """Map a step over all local devices with `jax.pmap`, each taking its share of the batch.
 
     Args:
@@ -98,15 +157,28 @@ def pmap_step(step: TrainStep, axis_name: str = "data") -> CompiledStep:
         A `CompiledStep`; the state goes in and comes out without a device axis.
 
     Raises:
-        ValueError: when called, if the batch is not a multiple of the devices.
+        ValueError: when called, if the batch is not a multiple of the devices, times the step's parts.
     """
     devices = jax.local_devices()
+    mapped = dataclasses.replace(step, axis_name=axis_name)
+
+    def share(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        i, size = jax.lax.axis_index(axis_name), jax.tree.leaves(batch)[0].shape[0]
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), state.aux)
+        state, metrics = mapped(state._replace(aux=own), batch)
+        return state._replace(aux=jax.lax.all_gather(state.aux, axis_name, tiled=True)), metrics
+
     compiled = jax.pmap(
-        many_steps(step), axis_name, in_axes=(None, 0, None), out_axes=None, donate_argnums=0, devices=devices
+        many_steps(share),
+        axis_name,
+        in_axes=(None, 0, None),
+        out_axes=None,
+        donate_argnums=0,
+        devices=devices,
     )
 
     def place(batches: PyTree) -> PyTree:
-        _check_divides(batches, axis=1, num_devices=len(devices))
+        _check_batches(batches, axis=1, num_devices=len(devices), num_parts=step.num_accumulate)
 
         def split(leaf: Array | np.ndarray) -> Array | np.ndarray:
             shares = np.reshape(leaf, (leaf.shape[0], len(devices), -1, *leaf.shape[2:]))
@@ -117,16 +189,66 @@ def pmap_step(step: TrainStep, axis_name: str = "data") -> CompiledStep:
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
         return compiled(state, batches, jnp.int32(count))
 
-    return CompiledStep(run, place)
+    def lower(state: TrainState, batches: PyTree) -> jax.stages.Lowered:
+        return compiled.lower(state, jax.eval_shape(place, batches), _COUNT)
+
+    return CompiledStep(run, place, lower)
 
 
-def _check_divides(batches: PyTree, *, axis: int, num_devices: int) -> None:
+def _mesh_step(step: TrainStep, mesh: Mesh, spec_of: SpecOf) -> CompiledStep:
+    """Compile a step whose state lies on a mesh as `spec_of` says of each leaf, and whose batch is split."""
+    split = PartitionSpec(AXIS)
+    stack = NamedSharding(mesh, PartitionSpec(None, AXIS))
+
+    def one(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        specs = state_specs(state, spec_of)
+        manual = jax.tree.map(along_data, _read(specs))
+
+        def share(state: TrainState, batch: PyTree) -> Gradient:
+            params = jax.tree.map(gathered, state.params, specs.params)
+            found = step.gradient(state._replace(params=params), batch, AXIS)
+            return found._replace(grads=jax.tree.map(scattered_mean, found.grads, specs.params))
+
+        # Not checked for varying values: a device then differentiates its share, and nothing is summed but by us.
+        found = jax.shard_map(
+            share,
+            mesh=mesh,
+            in_specs=(manual, split),
+            out_specs=Gradient(manual.params, PartitionSpec(), split),
+            axis_names={AXIS},
+            check_vma=False,
+        )(_read(state), batch)
+        state, metrics = step.update(state, found)
+        return jax.lax.with_sharding_constraint(state, shardings_of(state)), metrics
+
+    def shardings_of(state: TrainState) -> TrainState:
+        specs = state_specs(state, spec_of)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    compiled = jax.jit(many_steps(one), donate_argnums=0)
+
+    def place(batches: PyTree) -> PyTree:
+        _check_batches(batches, axis=1, num_devices=mesh.shape[AXIS], num_parts=step.num_accumulate)
+        return jax.device_put(batches, stack)
+
+    def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
+        return compiled(jax.tree.map(placed, state, shardings_of(state)), batches, jnp.int32(count))
+
+    def lower(state: TrainState, batches: PyTree) -> jax.stages.Lowered:
+        state = jax.tree.map(shape_at, state, shardings_of(state))
+        return compiled.lower(state, jax.tree.map(lambda leaf: shape_at(leaf, stack), batches), _COUNT)
+
+    return CompiledStep(run, place, lower)
+
+
+def _read(state: TrainState) -> TrainState:
+    """Leave out what a gradient does not read."""
+    return state._replace(ema=(), opt_state=())
+
+
+def _check_batches(batches: PyTree, *, axis: int, num_devices: int = 1, num_parts: int = 1) -> None:
     for leaf in jax.tree.leaves(batches):
-        size = leaf.shape[axis]
-        if size % num_devices or size == 0:
-            lower, upper = size // num_devices * num_devices, -(-size // num_devices) * num_devices
-            fits = " or ".join(str(n) for n in sorted({lower, upper, num_devices} - {0}))
-            raise ValueError(
-                f"batch: got {size} data for {num_devices} devices, expected a multiple of {num_devices}; "
-                f"use a batch size of {fits}"
-            )
+        check_divides(leaf.shape[axis], num_devices=num_devices, num_parts=num_parts)
+
+
+_COUNT = jax.ShapeDtypeStruct((), jnp.int32)

@@ -7,20 +7,20 @@ r"""One training step: `(state, batch) -> (state, metrics)`, pure.
 A key belongs to a position, not to a device, so one device and eight compute the same numbers.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
 from vdiff.objectives import Scheduled, sum_terms
+from vdiff.train.accumulation import Gradient, batch_gradient
 from vdiff.train.guard import NOTHING_SKIPPED, Guard, Guarding, Metrics, skip_nonfinite
 from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, check_key
-
-TrainStep = Callable[["TrainState", PyTree], tuple["TrainState", Metrics]]
 
 
 class TrainState(NamedTuple):
@@ -43,6 +43,31 @@ class TrainState(NamedTuple):
     key: Key
     aux: PyTree = ()
     guard: Guard = NOTHING_SKIPPED
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """Hold a step in its two halves; call it as `state, metrics = step(state, batch)`.
+
+    Between the halves lies all that devices tell each other: the mean of the gradient over them.
+
+    Attributes:
+        gradient: `(state, batch [B, ...], axis_name) -> Gradient` of this device's share, the devices being those of
+            a mapped axis, or the only one under None; reads the state's step, params, key and aux.
+        update: `(state, Gradient of the whole batch) -> (state, metrics)`.
+        axis_name: the mapped axis under which the step is called; None for none.
+        num_accumulate: into how many parts a device cuts its share of the batch.
+    """
+
+    gradient: Callable[[TrainState, PyTree, str | None], Gradient]
+    update: Callable[[TrainState, Gradient], tuple[TrainState, Metrics]]
+    axis_name: str | None = None
+    num_accumulate: int = 1
+
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        """Take one step on a batch [B, ...], under a mapped axis on this device's share of it."""
+        found = self.gradient(state, batch, self.axis_name)
+        return self.update(state, found._replace(grads=_mean_over_devices(found.grads, self.axis_name)))
 
 
 def init_state(key: Key, model: ModelLike, optimizer: optax.GradientTransformation) -> TrainState:
@@ -130,6 +155,7 @@ def make_train_step(
     combine: Callable[[Terms], Float[Array, ""]] = sum_terms,
     ema_decay: float = 0.999,
     axis_name: str | None = None,
+    num_accumulate: int = 1,
     guard: Guarding = skip_nonfinite,
 ) -> TrainStep:
     """Make the step that raises an objective.
@@ -143,6 +169,8 @@ def make_train_step(
         combine: `(mean Terms over the batch) -> []`, what is raised; a nonlinear one gives, e.g., free bits.
         ema_decay: decay of the moving average, in [0, 1).
         axis_name: the mapped axis under `pmap_step`; None under `jit_step`.
+        num_accumulate: into how many parts a device cuts its share of the batch, one after another, so that it holds
+            the activations of one part only; the result is the same.
         guard: `(state, update, metrics, grads) -> (state, metrics)`, whether to make an update, `() -> state`;
             `unguarded` makes every one.
 
@@ -151,28 +179,34 @@ def make_train_step(
         combination), "grad_norm" and "skipped", 1 where no update was made, else 0.
 
     Raises:
-        ValueError: if `ema_decay` is outside [0, 1); at trace time, if the batch's leaves differ in length.
+        ValueError: if `ema_decay` is outside [0, 1), or `num_accumulate` below 1; at trace time, if the batch's leaves
+            differ in length or cannot be cut into parts.
     """
     if not 0.0 <= ema_decay < 1.0:
         raise ValueError(f"ema_decay: got {ema_decay}, expected a number in [0, 1)")
 
-    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
-        positions = jnp.arange(_batch_size(batch))
+    if num_accumulate < 1:
+        raise ValueError(
+            f"num_accumulate: got {num_accumulate}, expected at least 1, the whole batch at once"
+        )
+
+    def gradient(state: TrainState, batch: PyTree, axis_name: str | None) -> Gradient:
+        size = _batch_size(batch)
+        check_divides(size, num_parts=num_accumulate)
+        positions = jnp.arange(size)
         if axis_name is not None:
-            positions = positions + jax.lax.axis_index(axis_name) * positions.shape[0]
+            positions = positions + jax.lax.axis_index(axis_name) * size
         now = objective.at(state.step) if isinstance(objective, Scheduled) else objective
-        key_step = jax.random.fold_in(state.key, state.step)
+        lifted = functools.partial(batching(now), jax.random.fold_in(state.key, state.step))
+        mean = functools.partial(_mean_over_devices, axis_name=axis_name)
+        return batch_gradient(lifted, combine, num_accumulate, mean)(
+            state.params, batch, positions, state.aux
+        )
 
-        def loss(params: Params) -> tuple[Array, tuple[Terms, PyTree]]:
-            terms, aux = batching(now)(key_step, params, batch, positions, state.aux)
-            chex.assert_shape(list(terms.values()), positions.shape)
-            terms = _mean_over_devices(jax.tree.map(jnp.mean, terms), axis_name)
-            return -combine(terms), (terms, aux)
+    def update(state: TrainState, found: Gradient) -> tuple[TrainState, Metrics]:
+        grads, terms, aux = found
 
-        (negative, (terms, aux)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        grads = _mean_over_devices(grads, axis_name)
-
-        def update() -> TrainState:
+        def updated() -> TrainState:
             # Optax's own arithmetic mixes dtypes; that is none of a strict user's business.
             with jax.numpy_dtype_promotion("standard"):
                 updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -182,13 +216,15 @@ def make_train_step(
             ema = optax.incremental_update(params, state.ema, 1.0 - decay)
             return TrainState(state.step + 1, params, ema, opt_state, state.key, aux, state.guard)
 
-        metrics = {**terms, "objective": -negative, "grad_norm": optax.tree.norm(grads)}
-        return guard(state, update, metrics, grads)
+        metrics = {**terms, "objective": combine(terms), "grad_norm": optax.tree.norm(grads)}
+        return guard(state, updated, metrics, grads)
 
-    return train_step
+    return TrainStep(gradient, update, axis_name, num_accumulate)
 
 
-def many_steps(step: TrainStep) -> Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]:
+def many_steps(
+    step: Callable[[TrainState, PyTree], tuple[TrainState, Metrics]],
+) -> Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]:
     """Take several steps in one call, so that the host is asked rarely.
 
     Args:
@@ -215,6 +251,25 @@ def many_steps(step: TrainStep) -> Callable[[TrainState, PyTree, Array], tuple[T
         return jax.lax.fori_loop(0, count, body, (state, zeros))
 
     return take
+
+
+def check_divides(size: int, *, num_devices: int = 1, num_parts: int = 1) -> None:
+    """Refuse a batch that devices and parts cannot share evenly.
+
+    Raises:
+        ValueError: if `size` is no multiple of devices times parts; names the nearest that are.
+    """
+    unit = num_devices * num_parts
+    if size % unit or size == 0:
+        lower, upper = size // unit * unit, -(-size // unit) * unit
+        fits = " or ".join(str(n) for n in sorted({lower, upper, unit} - {0}))
+        parts = (
+            f"{num_parts} parts" if num_devices == 1 else f"{num_devices} devices with {num_parts} parts each"
+        )
+        shares = f"{num_devices} devices" if num_parts == 1 else parts
+        raise ValueError(
+            f"batch: got {size} data for {shares}, expected a multiple of {unit}; use a batch size of {fits}"
+        )
 
 
 def _batch_size(batch: PyTree) -> int:
