@@ -23,9 +23,10 @@ import tyro
 from rich.console import Console
 
 import vdiff as vd
-from experiments import settings
+from experiments import hosts, settings
 from experiments.settings import write_json as write_json
 from vdiff.train.hooks import DivergedError
+from vdiff.train.hosts import is_first, largest
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -61,6 +62,12 @@ class RunConfig:
     """Into how many parts a device cuts its share of a batch, to hold one part's activations; changes no result."""
     split_features: int = 1
     """fsdp only: how many devices share the features of each large layer, a divisor of their number."""
+    coordinator: str | None = None
+    """Of a run of several processes: HOST:PORT of the first, or auto under Slurm, a TPU pod, Open MPI or Kubernetes."""
+    num_processes: int | None = None
+    """How many processes there are, where the coordinator is given by its address."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
     log_every: int = 50
     """Steps between two rows of metrics."""
     checkpoint_every: int = 1000
@@ -90,13 +97,30 @@ class Refused(Exception):
     """Tell that the input was refused; the message is one line."""
 
 
+class Finished(Exception):
+    """Tell that this process has done its part; the first one judges, pictures and writes."""
+
+
 @contextlib.contextmanager
-def refusing() -> Iterator[None]:
-    """Turn what is raised on bad input into `Refused`, for the part of a run that reads its input."""
+def as_refused() -> Iterator[None]:
+    """Turn what is raised on bad input into `Refused`."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise Refused(str(error)) from error
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Turn what is raised on bad input into `Refused`, in all processes of the run what is in one."""
+    found = None
+    try:
+        with as_refused():
+            yield
+    except Refused as refused:
+        found = refused
+    if largest(found is not None):
+        raise found or Refused("another process of this run refused its input, and says why")
 
 
 def main(experiment: Callable[[C], Any], presets: Mapping[str, tuple[str, C]]) -> None:
@@ -123,7 +147,8 @@ def main(experiment: Callable[[C], Any], presets: Mapping[str, tuple[str, C]]) -
         # The usual way would wait for a checkpoint that is being written.
         _leave(128 + next(iter(interrupt.args), signal.SIGINT))
     if code == 1:
-        _leave(code)  # the usual way would try to write what is left, and print a traceback for each
+        # The usual way would try to write what is left, a traceback for each, or wait for processes that wait for this.
+        _leave(code)
     sys.exit(code)
 
 
@@ -137,7 +162,12 @@ def _leave(code: int) -> NoReturn:
 def exit_code(experiment: Callable[[C], Any], config: C) -> int:
     """Run an experiment and turn how it ended into a message and an exit code."""
     try:
+        if getattr(config, "coordinator", None) is not None:
+            with as_refused():
+                hosts.join(config.coordinator, config.num_processes, config.process_id, console)
         experiment(config)
+    except Finished:
+        return 0
     except Refused as error:
         errors.print(f"[bold red]refused[/] {_plain(error)}")
         return 2
@@ -153,6 +183,15 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
         # What a full disk raises names no file.
         where = f": {config.run_dir}" if error.errno and not error.filename else ""
         errors.print(f"[bold red]failed[/] {_plain(error)}{_plain(where)}")
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        line = str(error).splitlines()[0]
+        errors.print(
+            f"[bold red]failed[/] another process of this run is gone ({_plain(line)}); start all of them again: "
+            "the same command goes on from the last checkpoint"
+        )
         return 1
     return 0
 
@@ -172,7 +211,7 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         ValueError: if a count is less than one (a few may be zero), or a rate is out of its range.
     """
-    may_be_zero = {"seed", "warmup_steps", "encoder_hidden", "profile"}
+    may_be_zero = {"seed", "warmup_steps", "encoder_hidden", "profile", "process_id"}
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
@@ -202,6 +241,8 @@ def open_run(config: RunConfig) -> Path:
         ValueError: if the directory holds another run or other files, or `resume` forbids what it holds.
     """
     directory = Path(config.run_dir)
+    if not is_first():
+        return directory
     if not (directory / "config.json").exists():
         # A temporary one is left by a run killed as it began.
         if directory.is_dir() and {path.name for path in directory.iterdir()} - {"config.tmp"}:

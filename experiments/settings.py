@@ -14,6 +14,7 @@ from rich.text import Text
 # what it is.
 _OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "export", "profile"} | {
     *("parallel", "accumulate", "split_features", "remat"),
+    *("coordinator", "num_processes", "process_id"),
 }
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vdiff as vd
 from experiments import runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
+from vdiff.train.hosts import is_first, on_one_device
 from vdiff.train.loop import default_steps_per_call
 from vdiff.train.profile import traced
 
@@ -72,7 +73,8 @@ def train(
 
     Raises:
         Refused: if the input does not fit, or the checkpoint cannot be read.
-        runs.Stopped: if a signal came; the state is saved.
+        runs.Stopped: if a signal came, to any process; the state is saved.
+        runs.Finished: in all processes but the first, when training is done.
         DivergedError: if too many updates in a row were skipped; the last good state is saved.
         OSError: if the disk does not take a checkpoint.
     """
@@ -82,10 +84,11 @@ def train(
         parts = {"batching": batching, "num_accumulate": config.accumulate}
         raw_step = vd.make_train_step(objective, optimizer, ema_decay=config.ema_decay, **parts)
         step = compiled_step(config, raw_step)
+        share = (jax.process_index(), jax.process_count())
         in_memory = isinstance(images, np.ndarray)
         shuffle = vd.data.permutations.drawn if in_memory else vd.data.permutations.keyed
-        batches = runs.refusing()(
-            vd.data.batches(images, config.batch_size, config.seed, permutation=shuffle)
+        batches = runs.as_refused()(
+            vd.data.batches(images, config.batch_size, config.seed, permutation=shuffle, share=share)
         )
         state = vd.init_state(jax.random.key(config.seed), model, optimizer)
         at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
@@ -97,52 +100,80 @@ def train(
         elif config.resume == "must":
             raise ValueError(f"resume: got must, but {checkpoints} holds no checkpoint; use --resume auto")
         step.place(batches(0)[None])
-        kept = settings.record(config, directory)
+        kept = settings.record(config, directory) if is_first() else None
         if kept is not None:
             runs.tell(f"the settings changed; those before are kept in {kept}")
 
     start = int(state.step)
     if start:
         runs.console.print(f"resuming at step {start} of {config.num_steps}")
-    if start >= config.num_steps:
-        return state
-    steps_per_call = 1 if config.debug_nans else default_steps_per_call()
-    unchanged = contextlib.nullcontext(step)
-    with (
-        traced(step, directory / "profile", config.profile) if config.profile else unchanged as step,
-        naming_nans() if config.debug_nans else contextlib.nullcontext(),
-        vd.stop_on_signals() as stop,
-        tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
-        progress_bar("training", config.num_steps, start=start) as bar,
-        vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving,
-    ):
-        rows = write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every)
-        all_hooks = (
-            stop_if_skipping(
+    number = None
+    if start < config.num_steps:
+        with vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving:
+            watch = stop_if_skipping(
                 config.max_skips,
                 every=math.gcd(config.log_every, config.checkpoint_every),
                 save=saving.call,
-            ),
-            *hooks,
-            bar,
-            rows,
-            events,
-            saving,
-        )
+            )
+            state, number = _fitted(config, directory, state, step, batches, (watch, *hooks), saving)
+    state = on_one_device(state)
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+    if number is not None and int(state.step) < config.num_steps:
+        raise runs.Stopped(number)
+    if not is_first():
+        raise runs.Finished
+    return state
+
+
+def _fitted(
+    config: runs.RunConfig,
+    directory: Path,
+    state: vd.TrainState,
+    step: vd.train.parallel.CompiledStep,
+    batches: Callable[[int], np.ndarray],
+    hooks: tuple[vd.Hook, ...],
+    saving: vd.Hook,
+) -> tuple[vd.TrainState, int | None]:
+    """Train to the end, or to a signal, whose number comes second; the first process tells how it goes."""
+    tracing = config.profile and is_first()
+    with (
+        traced(step, directory / "profile", config.profile)
+        if tracing
+        else contextlib.nullcontext(step) as step,
+        naming_nans() if config.debug_nans else contextlib.nullcontext(),
+        vd.stop_on_signals() as stop,
+        (reporting if is_first() else silence)(config, directory, int(state.step)) as reports,
+    ):
         state = vd.fit(
             state,
             step,
             batches,
             config.num_steps,
-            hooks=all_hooks,
-            steps_per_call=steps_per_call,
+            hooks=(*hooks, *reports, saving),
+            steps_per_call=1 if config.debug_nans else default_steps_per_call(),
             should_stop=stop,
         )
-    if config.profile:
+    if tracing:
         runs.console.print(f"trace     {directory / 'profile'}, for ui.perfetto.dev or TensorBoard")
-    if stop() and int(state.step) < config.num_steps:
-        raise runs.Stopped(stop.number)
-    return state
+    return state, stop.number
+
+
+@contextlib.contextmanager
+def reporting(config: runs.RunConfig, directory: Path, start: int) -> Iterator[tuple[vd.Hook, ...]]:
+    """Make the hooks that tell of a run: a progress bar, a file of metrics, TensorBoard."""
+    with (
+        tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
+        progress_bar("training", config.num_steps, start=start) as bar,
+    ):
+        yield bar, write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every), events
+
+
+@contextlib.contextmanager
+def silence(config: runs.RunConfig, directory: Path, start: int) -> Iterator[tuple[vd.Hook, ...]]:
+    """Make hooks that tell nothing, at the pace of those that do: all processes stop at the same steps."""
+    with progress_bar("training", config.num_steps, start=start) as bar:
+        yield bar, vd.Hook(config.log_every, lambda step, state, metrics: None)
 
 
 @contextlib.contextmanager
@@ -161,8 +192,13 @@ def compiled_step(config: runs.RunConfig, step: vd.train.step.TrainStep) -> vd.t
     """Compile a step for the devices that there are, in the way that the settings ask for.
 
     Raises:
-        ValueError: if features cannot be split over so many devices.
+        ValueError: if features cannot be split over so many devices, or pmap is asked to join processes.
     """
+    if config.parallel == "pmap" and jax.process_count() > 1:
+        raise ValueError(
+            f"parallel: got pmap for {jax.process_count()} processes, expected a mode that joins them; use --parallel "
+            "jit or fsdp"
+        )
     if config.parallel == "pmap":
         return vd.pmap_step(step)
     if config.parallel == "fsdp":
@@ -177,7 +213,7 @@ def held_out(
     evaluator = vd.total(objective)
 
     def call(step: int, state: vd.TrainState, metrics: dict[str, float]) -> dict[str, float]:
-        values = vd.evaluate.evaluate(evaluator, key, state.ema, images, batch_size=500)
+        values = vd.evaluate.evaluate(evaluator, key, on_one_device(state.ema), images, batch_size=500)
         return {name: float(np.mean(values))}
 
     return vd.Hook(every, call)

@@ -164,6 +164,12 @@ def test_the_guide_to_calling_runs(tmp_path, monkeypatch, capsys):
     assert "20 draws" in capsys.readouterr().out
 
 
+def test_the_guide_to_hosts_runs():
+    """In one process, which is as many as it takes."""
+    names = run_guide("hosts.md")
+    assert int(names["state"].step) == 10 and names["params"].theta
+
+
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",

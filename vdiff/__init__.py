@@ -94,6 +94,7 @@ from vdiff.objectives import total as total
 from vdiff.objectives import weighted as weighted
 from vdiff.train.checkpoint import checkpoint_every as checkpoint_every
 from vdiff.train.checkpoint import save as save
+from vdiff.train.hosts import on_one_device as on_one_device
 from vdiff.train.loop import Hook as Hook
 from vdiff.train.loop import fit as fit
 from vdiff.train.loop import stop_on_signals as stop_on_signals

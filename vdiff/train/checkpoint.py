@@ -15,10 +15,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 
 from vdiff.train.checksums import DamagedError, extend_manifest, verify, write_manifest
+from vdiff.train.hosts import is_first, largest
 from vdiff.train.loop import Hook
 from vdiff.train.restore import FORMAT, NOTES, saved_steps
 from vdiff.train.step import TrainState
@@ -94,7 +94,7 @@ def _writer(directory: Path, keep_last: int, best: str | None) -> Iterator[_Writ
         is_pending = False
         with _one_line(directory, written):
             manager.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():
                 extend_manifest(directory / str(written))
 
     def write(step: int, state: TrainState, metrics: dict[str, float]) -> None:
@@ -151,6 +151,7 @@ def _open(
     )
     handler = ocp.StandardCheckpointHandler()
     _set_aside(directory, step)
+    largest(0)  # all wait until the first has done it
     try:
         return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
     except ValueError:  # a file of metrics that is no JSON
@@ -160,7 +161,7 @@ def _open(
 
 def _set_aside(directory: Path, first: int) -> None:
     """Rename the damaged checkpoints from a step on, which a run that resumed before them will reach again."""
-    steps = saved_steps(directory) if jax.process_index() == 0 else []
+    steps = saved_steps(directory) if is_first() else []
     for step in steps:
         folder = directory / str(step)
         if step < first:

@@ -13,9 +13,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from vdiff.train.hosts import largest
 from vdiff.train.parallel import CompiledStep
 from vdiff.train.step import Metrics, TrainState
 from vdiff.types import PyTree
+
+# Asking waits for the devices: not at every call.
+_CALLS_PER_QUESTION = 10
 
 
 class Hook(NamedTuple):
@@ -111,13 +115,21 @@ def default_steps_per_call() -> int:
 
 
 class StopSignal:
-    """Remember the signal that asked the run to stop; call it to ask whether one did."""
+    """Remember the signal that asked the run to stop; call it to ask whether one did.
+
+    Several processes stop together: at every tenth call, which all of them make, they tell each other.
+    """
 
     def __init__(self) -> None:
+        self.received: int | None = None
         self.number: int | None = None
+        self._num_calls = 0
 
     def __call__(self) -> bool:
-        """Tell whether a signal has come."""
+        """Tell whether a signal has come, to this process or to another."""
+        self._num_calls += 1
+        if jax.process_count() == 1 or self._num_calls % _CALLS_PER_QUESTION == 0:
+            self.number = largest(self.received or 0) or None
         return self.number is not None
 
 
@@ -131,9 +143,9 @@ def stop_on_signals() -> Iterator[StopSignal]:
     stop = StopSignal()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop():
+        if stop.received is not None:
             raise KeyboardInterrupt(number)
-        stop.number = number
+        stop.received = number
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -41,7 +41,7 @@ class CompiledStep(NamedTuple):
 
     Attributes:
         run: `(state, batches [n, B, ...] as placed, count) -> (state, metrics)`, `count` steps in one call.
-        place: `(batches [n, B, ...]) -> the same on the devices`.
+        place: `(batches [n, B, ...]) -> the same on the devices`; each of several processes gives its share of B.
         lower: `(state, batches [n, B, ...]) -> jax.stages.Lowered`, what `run` compiles, from arrays or their shapes;
             `.compile()` tells its HLO, its memory and its FLOPs.
     """
@@ -82,13 +82,14 @@ def data_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) ->
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
-    """Split a global batch [B, ...] over a mesh's "data" axis.
+    """Split a global batch [B, ...] over a mesh's "data" axis; each of several processes gives its own rows.
 
     Raises:
         ValueError: if B is not a multiple of the axis.
     """
     _check_batches(batch, axis=0, num_devices=mesh.shape[AXIS])
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(split, leaf), batch)
 
 
 def jit_step(step: TrainStep, mesh: Mesh | None = None) -> CompiledStep:
@@ -229,7 +230,7 @@ def _mesh_step(step: TrainStep, mesh: Mesh, spec_of: SpecOf) -> CompiledStep:
 
     def place(batches: PyTree) -> PyTree:
         _check_batches(batches, axis=1, num_devices=mesh.shape[AXIS], num_parts=step.num_accumulate)
-        return jax.device_put(batches, stack)
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(stack, leaf), batches)
 
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
         return compiled(jax.tree.map(placed, state, shardings_of(state)), batches, jnp.int32(count))
@@ -248,7 +249,9 @@ def _read(state: TrainState) -> TrainState:
 
 def _check_batches(batches: PyTree, *, axis: int, num_devices: int = 1, num_parts: int = 1) -> None:
     for leaf in jax.tree.leaves(batches):
-        check_divides(leaf.shape[axis], num_devices=num_devices, num_parts=num_parts)
+        # Each process holds its share of the batch.
+        size = leaf.shape[axis] * (jax.process_count() if num_devices > 1 else 1)
+        check_divides(size, num_devices=num_devices, num_parts=num_parts)
 
 
 _COUNT = jax.ShapeDtypeStruct((), jnp.int32)

@@ -121,10 +121,15 @@ def placed(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
     if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
         return leaf
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        # Keys themselves cannot be put on the devices of several processes, their data can.
-        data = jax.device_put(jax.random.key_data(leaf), sharding)
+        data = placed(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    return jax.device_put(leaf, sharding)
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda leaf: leaf, out_shardings=sharding)(leaf)
+    # Each of several processes holds the same leaf, and cuts out what its devices are to hold.
+    held = np.asarray(leaf)
+    return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
 
 
 def shape_at(leaf: PyTree, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
