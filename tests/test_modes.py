@@ -245,11 +245,11 @@ def test_batches_that_do_not_divide_are_refused_with_the_numbers_that_would(eigh
 
 @pytest.mark.slow
 def test_bytes_per_device_fall_as_one_over_n():
-    """But for what stays whole: 1 % of the state in leaves under 1,024 numbers."""
+    """But for what stays whole, 0.15 % of the state: leaves under 1,024 numbers."""
     found = measured(max(MEMORY_DEVICES), "memory")["memory"]
     for n in MEMORY_DEVICES:
         share = found["state"] / n
-        assert share <= found[str(n)]["state"] <= share + 0.01 * found["state"], n
+        assert share <= found[str(n)]["state"] <= share + 0.002 * found["state"], n
         assert found[str(n)]["updated in place"] >= 0.99 * found[str(n)]["state"], n
 
 

@@ -108,6 +108,11 @@ def test_check_settings():
         ({"clip": 0.0}, "clip: got 0.0, expected a positive norm"),
         ({"clip": float("nan")}, "clip: got nan"),
         ({"max_skips": 0}, "max_skips: got 0, expected at least 1"),
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        (
+            {"split_features": 2},
+            "split_features: got 2 with parallel jit, .* expected 1; use --parallel fsdp",
+        ),
     ]:
         with pytest.raises(ValueError, match=line):
             runs.check_settings(Config(**changes))
