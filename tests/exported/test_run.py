@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -107,6 +108,14 @@ run = load_run(sys.argv[2])
 assert run.config == {"latent_dim": 2} and type(run.ema).__name__ == "Params"
 out = [jax.device_get(jax.tree.leaves(value)) for value in results(run).values()]
 pickle.dump(out, open(sys.argv[3], "wb"))
+
+# And of data that lie on four devices.
+mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+keys, images = jax.device_put((jax.random.split(KEY, 4), IMAGES), split)
+nats = jax.jit(jax.vmap(run.elbo_estimate, in_axes=(0, None, 0)))(keys, run.ema, images)
+assert len(nats.sharding.device_set) == 4
+assert jnp.allclose(nats, jnp.asarray(out[0][0]), rtol=1e-6, atol=0.0)
 """
 
 
@@ -114,7 +123,8 @@ pickle.dump(out, open(sys.argv[3], "wb"))
 def test_a_fresh_interpreter_computes_what_the_model_does(directory, tmp_path):
     program = FRESH.replace("RESULTS", inspect.getsource(results))
     command = [sys.executable, "-c", program, *vd.__path__, str(directory), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=devices)
     assert done.returncode == 0, done.stderr
     got = pickle.loads((tmp_path / "out").read_bytes())
     model = SimpleNamespace(params=PARAMS, ema=EMA, **FUNCTIONS)

@@ -112,7 +112,7 @@ def load_function(path: str | Path) -> Callable[..., PyTree]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or from a jax too new for this one.
+        ValueError: if the file is damaged, or from a jax too new or too old for this one.
     """
     path = Path(path)
     if not path.is_file():
@@ -144,7 +144,7 @@ def from_bytes(
         line = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
             f"{source}: got a file that jax {jax.__version__} cannot read ({line}), expected one written by "
-            "vdiff.export; export it anew, or use a newer jax"
+            "vdiff.export with a jax of the same half-year; export it anew"
         ) from error
     out_tree, (in_tree, _) = exported.out_tree, exported.in_tree.children()
     names = tuple(names) or tuple(f"argument {i}" for i in range(len(in_tree.children())))
