@@ -1,5 +1,8 @@
 """The parallel steps on the devices that this process has, one as a rule; test_devices.py has eight."""
 
+import contextlib
+import logging
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,8 @@ def build(mode):
         return vd.jit_step(plain)
     if mode == "mesh":
         return vd.jit_step(plain, vd.data_mesh())
+    if mode == "fsdp":
+        return vd.fsdp_step(plain, vd.data_mesh(), min_size=1)
     name = {"pmap": "data", "pmap other name": "devices"}[mode]
     return vd.pmap_step(vd.make_train_step(objective, OPTIMIZER, axis_name=name), axis_name=name)
 
@@ -57,6 +62,27 @@ def test_a_step_is_the_mean_gradient_and_takes_the_states_buffers(batch, mode):
         with pytest.raises(RuntimeError, match="deleted"):
             np.asarray(leaf)
     assert not new.params.theta.is_deleted()
+
+
+@pytest.mark.parametrize("mode", ["plain", "mesh", "fsdp"])
+def test_a_step_is_compiled_once(batch, mode):
+    """A state as `init_state` makes it and one that a step returned are one and the same to the compiler."""
+    step, state = build(mode), start()
+    state, _ = step(state, batch)
+    names = []
+    with jax.log_compiles(), _collecting(names):
+        for _ in range(3):
+            state, _ = step(state, batch)
+    assert names == []
+
+
+@contextlib.contextmanager
+def _collecting(names):
+    handler = logging.Handler()
+    handler.emit = lambda record: names.append(record.getMessage())
+    logging.getLogger("jax").addHandler(handler)
+    yield
+    logging.getLogger("jax").removeHandler(handler)
 
 
 @pytest.mark.parametrize("mode", ["plain", "mesh", "pmap"])

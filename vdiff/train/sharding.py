@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vdiff.train.step import TrainState
@@ -44,7 +44,7 @@ def whole(path: str, shape: tuple[int, ...]) -> PartitionSpec:
     return PartitionSpec()
 
 
-def by_rules(mesh: Mesh, rules: Rules = RULES, min_size: int = MIN_SIZE) -> SpecOf:
+def by_rules(mesh: Mesh | AbstractMesh, rules: Rules = RULES, min_size: int = MIN_SIZE) -> SpecOf:
     """Split every large leaf over a mesh: over "model" by a table, over "data" along its longest other axis.
 
     An axis is split only where its length is a multiple of the devices.
@@ -77,7 +77,7 @@ def by_rules(mesh: Mesh, rules: Rules = RULES, min_size: int = MIN_SIZE) -> Spec
 def state_specs(state: TrainState, spec_of: SpecOf) -> TrainState:
     """List how each leaf of a state is split; aux, one slot per position of the batch, is split as the batch is."""
 
-    def of(path: tuple, leaf: Array | np.ndarray) -> PartitionSpec:
+    def of(path: tuple, leaf: Array | np.ndarray | jax.ShapeDtypeStruct) -> PartitionSpec:
         return spec_of(jax.tree_util.keystr(path), leaf.shape)
 
     specs = jax.tree_util.tree_map_with_path(of, state)
@@ -118,7 +118,9 @@ def scattered_mean(leaf: Array, spec: PartitionSpec) -> Array:
 
 def placed(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
     """Put a leaf where a step keeps it; what lies there already goes through as it is."""
-    if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+    there = leaf.sharding if isinstance(leaf, jax.Array) else None
+    # Of the same kind too: for one device there are two, and a step would be compiled for each.
+    if isinstance(there, NamedSharding) and there.is_equivalent_to(sharding, leaf.ndim):
         return leaf
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = placed(jax.random.key_data(leaf), sharding)
