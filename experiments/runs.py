@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import signal
@@ -172,9 +173,11 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
         errors.print(f"[bold red]refused[/] {_plain(error)}")
         return 2
     except DivergedError as error:
-        errors.print(
-            f"[bold red]diverged[/] {_plain(error)}; the last good checkpoint is in {config.run_dir}"
+        saved = vd.latest_step(Path(config.run_dir) / "checkpoints")
+        good = (
+            "no checkpoint was saved yet" if saved is None else f"step {saved} is saved in {config.run_dir}"
         )
+        errors.print(f"[bold red]diverged[/] {_plain(error)}; {good}")
         return 3
     except Stopped as stop:
         errors.print(f"[bold yellow]stopped[/] {_plain(stop)}")
@@ -283,7 +286,7 @@ def metric(summary: vd.evaluate.Summary, bound: str) -> dict[str, Any]:
 def write_result(
     directory: Path, metrics: Mapping[str, Any], params: vd.Params, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Write `result.json`: the numbers, a digest of the parameters, and what computed them."""
+    """Write `result.json`: the numbers, a digest of the parameters, what computed them and what it cost."""
     packages = ("vdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     device = jax.devices()[0]
     result = {
@@ -296,6 +299,9 @@ def write_result(
         },
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform}), {os.cpu_count()} cores",
     }
+    performance = directory / "performance.json"
+    if performance.exists():
+        result["performance"] = json.loads(performance.read_text())
     write_json(directory / "result.json", result)
     return result
 

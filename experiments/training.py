@@ -12,7 +12,7 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import vdiff as vd
-from experiments import runs, settings
+from experiments import performance, runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
 from vdiff.train.hosts import is_first, on_one_device
 from vdiff.train.loop import default_steps_per_call
@@ -145,15 +145,22 @@ def _fitted(
         vd.stop_on_signals() as stop,
         (reporting if is_first() else silence)(config, directory, int(state.step)) as reports,
     ):
+        steps_per_call = 1 if config.debug_nans else default_steps_per_call()
+        start = int(state.step)
+        compiled = performance.compile_step(step, state, batches(start), config.batch_size, steps_per_call)
+        hooks, seconds = performance.timed((*hooks, *reports, saving), config.log_every, start)
         state = vd.fit(
             state,
             step,
             batches,
             config.num_steps,
-            hooks=(*hooks, *reports, saving),
-            steps_per_call=1 if config.debug_nans else default_steps_per_call(),
+            hooks=hooks,
+            steps_per_call=steps_per_call,
             should_stop=stop,
         )
+    costs = performance.figures(compiled, seconds, config.batch_size, config.log_every)
+    if is_first():
+        runs.write_json(directory / "performance.json", costs)
     if tracing:
         runs.console.print(f"trace     {directory / 'profile'}, for ui.perfetto.dev or TensorBoard")
     return state, stop.number

@@ -124,3 +124,25 @@ def test_run_takes_the_first_of_the_placed_batches(batch, mode):
     assert int(state.step) == 2
     np.testing.assert_allclose(state.params.theta, single.params.theta, rtol=1e-6)
     np.testing.assert_allclose(metrics["fit"][:2], rows, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["plain", "pmap"])
+def test_what_lower_compiled_is_what_the_first_call_runs(batch, mode):
+    """From shapes alone; its FLOPs are at least the 2 B d additions and squares of the objective."""
+    step, state, compilations = build(mode), start(), []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), batch)
+    placed = step.place(jax.tree.map(lambda leaf: leaf[None], batch))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        compiled = step.lower(state, shapes).compile()
+        assert len(compilations) == 1
+        step.run(state, placed, 1)
+        assert len(compilations) == 1
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled.cost_analysis()["flops"] > 2 * batch["y"].size / jax.device_count()
