@@ -290,17 +290,17 @@ def compare_skips():
     """A NaN in one datum, and so on one device, at step 3 of 5; against the run in which that step was left out."""
 
     def objective(key, params, x):
-        return {"fit": -jnp.sum(jnp.square(x + jax.random.normal(key, (3,)) - params.theta["loc"]))}
+        return {"fit": -jnp.sum(jnp.square(x + jax.random.normal(key, (16,)) - params.theta["loc"]))}
 
-    data = np.random.default_rng(0).normal(size=(5, BATCH_SIZE, 3)).astype(np.float32)
+    data = np.random.default_rng(0).normal(size=(5, BATCH_SIZE, 16)).astype(np.float32)
     poisoned = data.copy()
     poisoned[2, 37, 1] = np.nan
     optimizer = optax.adam(0.1)
-    model = vd.Model(lambda key: vd.Params(theta={"loc": jnp.zeros(3)}), *[None] * 4)
-    found = {}
-    for mode, step in compiled_steps(
-        toys.toy("linear").model._replace(elbo_terms=objective), optimizer
-    ).items():
+    model = vd.Model(lambda key: vd.Params(theta={"loc": jnp.zeros(16)}), *[None] * 4)
+    found, steps = {}, compiled_steps(model._replace(elbo_terms=objective), optimizer)
+    in_parts = vd.make_train_step(objective, optimizer, num_accumulate=2)
+    steps["fsdp, 2 parts"] = vd.fsdp_step(in_parts, vd.data_mesh(), min_size=1)
+    for mode, step in steps.items():
         state, left_out = (vd.init_state(jax.random.key(0), model, optimizer) for _ in range(2))
         for i in range(5):
             state, _ = step(state, poisoned[i])
@@ -425,7 +425,7 @@ def test_batches_that_do_not_divide_are_refused_with_the_numbers_that_would(resu
 
 def test_a_nan_on_one_device_skips_the_update_on_all(result):
     """Bit for bit the run without that step, in every mode; the count, the row, the step, the leaf, how many leaves."""
-    assert result["skips"].keys() == {"one", "jit", "pmap"}
+    assert result["skips"].keys() == {"one", "jit", "pmap", "fsdp, 2 parts"}
     for mode, found in result["skips"].items():
         assert found == {"distance": 0.0, "guard": [1, 0, 3, 0, 1], "num_skipped": [1]}, mode
 
