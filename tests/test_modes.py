@@ -21,12 +21,13 @@ import vdiff as vd
 
 NUM_STEPS, BATCH_SIZE = 20, 32
 SHAPE = (8, 8, 1)
-# Adam hides a gradient that is n times too large, and so does clipping; plain SGD does not.
+# Adam hides a gradient that is n times too large, and so does clipping; plain SGD does not. A softmax does not change
+# with the bias of its keys, whose gradient is rounding alone: eps keeps Adam from dividing that by itself.
 OPTIMIZERS = {
-    "sgd": lambda: optax.sgd(1e-3),
-    "adam": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+    "sgd": lambda: optax.sgd(1e-2),
+    "adam": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3, eps=1e-4)),
 }
-# Of each leaf of the state, by its norm. Measured: at most 1e-7 under SGD.
+# Of each leaf of the state, by its norm. Measured: 1.6e-7 under SGD, 2.3e-7 under Adam.
 LARGEST_DISTANCE = 2e-6
 MEMORY_DEVICES = (2, 4, 8, 64)
 CASES = {

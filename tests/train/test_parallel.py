@@ -64,7 +64,7 @@ def test_a_step_is_the_mean_gradient_and_takes_the_states_buffers(batch, mode):
     assert not new.params.theta.is_deleted()
 
 
-@pytest.mark.parametrize("mode", ["plain", "mesh", "fsdp"])
+@pytest.mark.parametrize("mode", ["plain", "mesh", "pmap", "fsdp"])
 def test_a_step_is_compiled_once(batch, mode):
     """A state as `init_state` makes it and one that a step returned are one and the same to the compiler."""
     step, state = build(mode), start()
@@ -126,7 +126,7 @@ def test_run_takes_the_first_of_the_placed_batches(batch, mode):
     np.testing.assert_allclose(metrics["fit"][:2], rows, rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["plain", "pmap"])
+@pytest.mark.parametrize("mode", ["plain", "mesh", "pmap", "fsdp"])
 def test_what_lower_compiled_is_what_the_first_call_runs(batch, mode):
     """From shapes alone; its FLOPs are at least the 2 B d additions and squares of the objective."""
     step, state, compilations = build(mode), start(), []

@@ -178,6 +178,9 @@ def pmap_step(step: TrainStep, axis_name: str = AXIS) -> CompiledStep:
         devices=devices,
     )
 
+    mesh = jax.make_mesh((len(devices),), (axis_name,), devices=devices, axis_types=(AxisType.Auto,))
+    replicated = NamedSharding(mesh, PartitionSpec())
+
     def place(batches: PyTree) -> PyTree:
         _check_batches(batches, axis=1, num_devices=len(devices), num_parts=step.num_accumulate)
 
@@ -188,9 +191,12 @@ def pmap_step(step: TrainStep, axis_name: str = AXIS) -> CompiledStep:
         return jax.tree.map(split, batches)
 
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
+        # Where its own results lie, or the first call and the second would each be compiled.
+        state = jax.tree.map(lambda leaf: placed(leaf, replicated), state)
         return compiled(state, batches, jnp.int32(count))
 
     def lower(state: TrainState, batches: PyTree) -> jax.stages.Lowered:
+        state = jax.tree.map(lambda leaf: shape_at(leaf, replicated), state)
         return compiled.lower(state, jax.eval_shape(place, batches), _COUNT)
 
     return CompiledStep(run, place, lower)

@@ -122,11 +122,11 @@ def placed(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
     # Of the same kind too: for one device there are two, and a step would be compiled for each.
     if isinstance(there, NamedSharding) and there.is_equivalent_to(sharding, leaf.ndim):
         return leaf
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = placed(jax.random.key_data(leaf), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    if sharding.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda leaf: leaf, out_shardings=sharding)(leaf)
     # Each of several processes holds the same leaf, and cuts out what its devices are to hold.
