@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import vdiff as vd
+from tests.states import distance, numbers
 
 NUM_STEPS, BATCH_SIZE = 20, 32
 SHAPE = (8, 8, 1)
@@ -72,21 +73,6 @@ def compiled(objective, optimizer, num_data, num_model, num_parts, is_split, *, 
     step = vd.make_train_step(objective, optimizer, batching=vd.stratified, num_accumulate=num_parts)
     mesh = mesh_of(num_data, num_model)
     return vd.fsdp_step(step, mesh, min_size=min_size) if is_split else vd.jit_step(step, mesh)
-
-
-def numbers(state):
-    state = state._replace(key=jax.random.key_data(state.key))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf).astype(np.float64) for path, leaf in leaves}
-
-
-def distance(one, other):
-    """The largest over the leaves of |a - b| / |b|, norms over a leaf."""
-    assert one.keys() == other.keys()
-    norms = [
-        np.linalg.norm(one[name] - other[name]) / max(np.linalg.norm(other[name]), 1e-30) for name in one
-    ]
-    return float(max(norms))
 
 
 def collectives(text):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import vdiff as vd
+from tests.states import leaves_of, small_vae
 from tests.train import hosts
-from tests.train.host_program import OPTIMIZERS, build, numbers, trained
+from tests.train.host_program import OPTIMIZERS, trained
 from vdiff.train.hosts import is_first, largest, on_one_device
 
 pytestmark = pytest.mark.slow
@@ -20,9 +21,9 @@ LARGEST_DISTANCE = 2e-6
 @functools.cache
 def alone(optimizer):
     """What one process computes on one device."""
-    model, images = build()
+    model, images = small_vae()
     state, rows = trained(model, images, OPTIMIZERS[optimizer], vd.jit_step)
-    return numbers(state), rows
+    return leaves_of(state), rows
 
 
 @pytest.fixture(scope="module", params=[2, 4])
