@@ -65,3 +65,9 @@ def join(
     if jax.process_index() > 0:
         for console in (rich.get_console(), *consoles):
             console.quiet = True
+
+
+def part() -> None:
+    """Let each process go its way, when all have come to this point; none where there is one."""
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()

@@ -121,6 +121,7 @@ def refusing() -> Iterator[None]:
     except Refused as refused:
         found = refused
     if largest(found is not None):
+        hosts.part()
         raise found or Refused("another process of this run refused its input, and says why")
 
 
@@ -147,7 +148,7 @@ def main(experiment: Callable[[C], Any], presets: Mapping[str, tuple[str, C]]) -
         errors.print("[bold yellow]stopped[/] at once; the same command goes on from the last checkpoint")
         # The usual way would wait for a checkpoint that is being written.
         _leave(128 + next(iter(interrupt.args), signal.SIGINT))
-    if code == 1:
+    if code == 1 or (code == 2 and jax.process_count() > 1):
         # The usual way would try to write what is left, a traceback for each, or wait for processes that wait for this.
         _leave(code)
     sys.exit(code)

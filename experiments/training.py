@@ -12,7 +12,7 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import vdiff as vd
-from experiments import performance, runs, settings
+from experiments import hosts, performance, runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
 from vdiff.train.hosts import is_first, on_one_device
 from vdiff.train.loop import default_steps_per_call
@@ -117,8 +117,7 @@ def train(
             )
             state, number = _fitted(config, directory, state, step, batches, (watch, *hooks), saving)
     state = on_one_device(state)
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()
+    hosts.part()
     if number is not None and int(state.step) < config.num_steps:
         raise runs.Stopped(number)
     if not is_first():

@@ -114,6 +114,24 @@ def test_all_refuse_what_one_does(tmp_path):
     assert "nothing.npz" in printed[1] and "another process of this run refused its input" in printed[0]
 
 
+def test_none_waits_for_one_that_loses_its_data(tmp_path):
+    """The second process's disk is gone in the middle of the run: it says so, and the first ends, too."""
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 4), np.uint8)
+    paths = [vd.data.write_shards(tmp_path / f"data-{i}", images, rows_per_shard=10) for i in (0, 1)]
+    of = arguments(tmp_path / "run", 2, "--hidden", 8, "--likelihood", "logistic", "--batch-size", 32)
+    log = tmp_path / "log"
+    processes = hosts.start(2, lambda port, i: [*of(port, i), "--data", tmp_path / f"data-{i}"], log)
+    wait_for_a_step_after(tmp_path / "run", 0, processes)
+    began = time.monotonic()
+    for path in paths[1]:
+        path.unlink()
+    codes, printed = hosts.wait(processes, log)
+    assert codes[1] == 2 and "data-1" in printed[1] and codes[0] != 0, printed
+    # Well before the five minutes for which JAX would let it wait.
+    assert time.monotonic() - began < 120
+    assert vd.latest_step(tmp_path / "run/checkpoints") >= 50
+
+
 def test_pmap_is_for_one_host(tmp_path):
     of = arguments(tmp_path / "run", 2, "--parallel", "pmap")
     codes, printed = hosts.wait(hosts.start(2, of, tmp_path / "log"), tmp_path / "log")
