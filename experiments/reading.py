@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -105,7 +106,7 @@ def measure(name: str, folder: Path, config: Config) -> Figures:
 
     optimizer = optax.sgd(1e-3)
     step = vd.jit_step(vd.make_train_step(objective, optimizer))
-    model = vd.Model(lambda key: vd.Params(theta=jnp.zeros(SHAPE)), *[_absent] * 4)
+    model = SimpleNamespace(init=lambda key: vd.Params(theta=jnp.zeros(SHAPE)))
     state = vd.fit(vd.init_state(jax.random.key(0), model, optimizer), step, batches, 5)
 
     def train() -> None:
@@ -124,10 +125,6 @@ def peak_megabytes() -> float:
     # Not getrusage, which goes on from what the parent had.
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e6
-
-
-def _absent(*args: object) -> None:
-    raise NotImplementedError
 
 
 def _seconds(call: Callable[[], None]) -> float:
