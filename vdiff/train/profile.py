@@ -21,7 +21,7 @@ def traced(
     between the steps, too: batches, hooks, checkpoints. Each call is marked as the step it begins with.
 
     Args:
-        step: from `jit_step` or `pmap_step`.
+        step: from `jit_step`, `fsdp_step` or `pmap_step`.
         directory: where the trace goes: `plugins/profile/TIME/`, with `*.xplane.pb` for TensorBoard's profile plugin
             and `perfetto_trace.json.gz` for ui.perfetto.dev.
         num_steps: the least number of steps to trace; whole calls are.
