@@ -33,6 +33,7 @@ MODELS = {"models", "baselines", "diffusion"}
 ONLY_IN = {
     "flax": ("vdiff/nets/",),
     "equinox": ("vdiff/nets/",),
+    "blackjax": ("vdiff/evaluate/transitions.py",),
     "diffrax": ("vdiff/diffusion/adaptive.py",),
     "grain": ("vdiff/data/records.py",),
     "array_record": ("vdiff/data/records.py",),

@@ -11,3 +11,10 @@ from vdiff.evaluate.diagnostics import active_units as active_units
 from vdiff.evaluate.gradients import GradientReport as GradientReport
 from vdiff.evaluate.gradients import gradient_report as gradient_report
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
+from vdiff.evaluate.transitions import LogDensity as LogDensity
+from vdiff.evaluate.transitions import Transition as Transition
+from vdiff.evaluate.transitions import hmc as hmc
+from vdiff.evaluate.transitions import langevin as langevin
+from vdiff.evaluate.transitions import nuts as nuts
+from vdiff.evaluate.transitions import repeated as repeated
+from vdiff.evaluate.transitions import unadjusted_langevin as unadjusted_langevin
