@@ -1,5 +1,6 @@
 """Variational latent-variable models in JAX, from a Gaussian mixture to a diffusion model."""
 
+from vdiff import baselines as baselines
 from vdiff import data as data
 from vdiff import densities as densities
 from vdiff import diffusion as diffusion

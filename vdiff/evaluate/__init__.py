@@ -10,6 +10,8 @@ from vdiff.evaluate.diagnostics import Units as Units
 from vdiff.evaluate.diagnostics import active_units as active_units
 from vdiff.evaluate.gradients import GradientReport as GradientReport
 from vdiff.evaluate.gradients import gradient_report as gradient_report
+from vdiff.evaluate.grid import grid_log_normalizer as grid_log_normalizer
+from vdiff.evaluate.grid import grid_points as grid_points
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
 from vdiff.evaluate.transitions import LogDensity as LogDensity
 from vdiff.evaluate.transitions import Transition as Transition
