@@ -135,8 +135,8 @@ def denoising_score_matching(log_density: LogDensity, sigma: float | Array) -> O
         value = -|sigma s(x + sigma eps) + eps|^2 / 2,   eps ~ N(0, I)
 
     What is learned is the blurred density, wider than the data's: a Gaussian's covariance grows by sigma^2 I. Then
-    E[x | x + sigma eps = y] = y + sigma^2 s(y). The loss is Vincent's times sigma^2; it has a floor that no model passes.
-    Any energy does, one of ReLU units too.
+    E[x | x + sigma eps = y] = y + sigma^2 s(y). The loss is Vincent's times sigma^2, and has a floor that no model
+    passes. Any energy does, one of ReLU units too.
 
     Args:
         log_density: `(params, x) -> []`.
