@@ -200,3 +200,28 @@ def test_fewer_than_two_levels_are_refused(factory, levels):
 def test_a_scale_must_be_positive(scale):
     with pytest.raises(ValueError, match="scale: got .*, expected a positive number, or None to learn it"):
         likelihoods.gaussian(scale)
+
+
+def test_one_hot_is_the_categorical_written_otherwise():
+    """The same masses, draws and mean of codes as of their numbers; linear in a soft x; other lengths are refused."""
+    codes, numbers = likelihoods.one_hot(3), likelihoods.categorical(3)
+    out = output(numbers, 4)
+    assert codes.out_shape((2, 3)) == (2, 3)
+    xs, probability = masses(numbers, 3, out)
+    log_prob = jax.vmap(codes.log_prob, in_axes=(None, 0))(out, jnp.asarray(np.eye(3, dtype=np.int32)[xs]))
+    np.testing.assert_allclose(np.exp(log_prob), probability, rtol=1e-5)
+    soft = jnp.asarray(np.eye(3, dtype=np.float32)[xs[[2, 7]]].mean(0))
+    assert float(codes.log_prob(out, soft)) == pytest.approx(
+        float(log_prob[jnp.array([2, 7])].mean()), rel=1e-5
+    )
+    np.testing.assert_allclose(codes.mean(out), jax.nn.softmax(out), rtol=1e-6)
+    np.testing.assert_array_equal(codes.embed(jnp.eye(3, dtype=jnp.int32)), np.eye(3, dtype=np.float32))
+    keys = jax.random.split(jax.random.key(0), 200)
+    drawn, index = (jax.vmap(of.sample, in_axes=(0, None))(keys, out) for of in (codes, numbers))
+    assert drawn.dtype == jnp.int32
+    np.testing.assert_array_equal(jnp.argmax(drawn, axis=-1), index)
+    np.testing.assert_array_equal(jnp.sum(drawn, axis=-1), 1)
+    with pytest.raises(ValueError, match=r"out: got shape \(2, 3\), expected a last axis of 4"):
+        likelihoods.one_hot(4).log_prob(out, xs)
+    with pytest.raises(ValueError, match="levels: got 1"):
+        likelihoods.one_hot(1)

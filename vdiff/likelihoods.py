@@ -2,6 +2,7 @@ r"""Likelihoods p_theta(x | z) of one datum: what a decoder's output `out` means
 
     bernoulli()                   x in {0, 1}           out = logits
     categorical(levels)           x in {0..levels-1}    out = logits, a trailing axis of `levels`
+    one_hot(levels)               x one-hot             out = logits, of x's shape
     discretized_logistic(levels)  x in {0..levels-1}    out = (loc, log_scale), a trailing axis of 2
     gaussian(scale)               x real                out = loc; with scale=None (loc, log_scale)
 
@@ -67,6 +68,41 @@ def categorical(levels: int) -> Likelihood:
         mean=lambda out: jax.nn.softmax(out) @ jnp.arange(levels, dtype=out.dtype),
         embed=lambda x: _embed_levels(x, levels),
         out_shape=lambda shape: (*shape, levels),
+    )
+
+
+def one_hot(levels: int) -> Likelihood:
+    """Build p(x | out) = prod_i softmax(out_i) . x_i, for x one-hot on its last axis.
+
+    log p(x | out) = sum_i x_i . log softmax(out_i) is linear in x, so that soft copies of x are accepted too, as
+    relaxed estimators need of a prior of codes.
+
+    Args:
+        levels: length of the last axis, e.g. the size of a codebook.
+
+    Returns:
+        A `Likelihood`; out has the shape of x. Samples are int32; `embed` shows x as it is, in floats.
+
+    Raises:
+        ValueError: if there are fewer than two levels; at trace time, if the last axis has another length.
+    """
+    _check_levels(levels)
+
+    def checked(out: Array) -> Array:
+        if out.shape[-1:] != (levels,):
+            raise ValueError(
+                f"out: got shape {out.shape}, expected a last axis of {levels}, one logit a level"
+            )
+        return out
+
+    return Likelihood(
+        log_prob=lambda out, x: jnp.sum(x.astype(out.dtype) * jax.nn.log_softmax(checked(out))),
+        sample=lambda key, out: jax.nn.one_hot(
+            jax.random.categorical(check_key(key), checked(out)), levels, dtype=jnp.int32
+        ),
+        mean=lambda out: jax.nn.softmax(checked(out)),
+        embed=lambda x: x.astype(jnp.float32),
+        out_shape=lambda shape: shape,
     )
 
 
