@@ -54,6 +54,7 @@ def train(
     batching: Callable[..., Callable] = vd.per_example,
     hooks: tuple[vd.Hook, ...] = (),
     best: str | None = None,
+    unit: str = "nats",
 ) -> vd.TrainState:
     """Train a model on images, from its last checkpoint if there is one.
 
@@ -67,6 +68,7 @@ def train(
         batching: lifts the objective to a batch; `vd.stratified` for one that takes a time.
         hooks: called before the metrics are written; what they return is written too.
         best: name of a metric, larger is better, whose best checkpoint stays.
+        unit: of the objective, for the progress bar.
 
     Returns:
         The trained `TrainState`.
@@ -115,7 +117,7 @@ def train(
                 every=math.gcd(config.log_every, config.checkpoint_every),
                 save=saving.call,
             )
-            state, number = _fitted(config, directory, state, step, batches, (watch, *hooks), saving)
+            state, number = _fitted(config, directory, state, step, batches, (watch, *hooks), saving, unit)
     state = on_one_device(state)
     hosts.part()
     if number is not None and int(state.step) < config.num_steps:
@@ -133,6 +135,7 @@ def _fitted(
     batches: Callable[[int], np.ndarray],
     hooks: tuple[vd.Hook, ...],
     saving: vd.Hook,
+    unit: str,
 ) -> tuple[vd.TrainState, int | None]:
     """Train to the end, or to a signal, whose number comes second; the first process tells how it goes."""
     tracing = config.profile and is_first()
@@ -142,7 +145,7 @@ def _fitted(
         else contextlib.nullcontext(step) as step,
         naming_nans() if config.debug_nans else contextlib.nullcontext(),
         vd.stop_on_signals() as stop,
-        (reporting if is_first() else silence)(config, directory, int(state.step)) as reports,
+        (reporting if is_first() else silence)(config, directory, int(state.step), unit) as reports,
     ):
         steps_per_call = 1 if config.debug_nans else default_steps_per_call()
         start = int(state.step)
@@ -166,17 +169,21 @@ def _fitted(
 
 
 @contextlib.contextmanager
-def reporting(config: runs.RunConfig, directory: Path, start: int) -> Iterator[tuple[vd.Hook, ...]]:
+def reporting(
+    config: runs.RunConfig, directory: Path, start: int, unit: str = "nats"
+) -> Iterator[tuple[vd.Hook, ...]]:
     """Make the hooks that tell of a run: a progress bar, a file of metrics, TensorBoard."""
     with (
         tensorboard(directory / "tensorboard", start=start, every=config.log_every) as events,
-        progress_bar("training", config.num_steps, start=start) as bar,
+        progress_bar("training", config.num_steps, start=start, unit=unit) as bar,
     ):
         yield bar, write_metrics(directory / "metrics.jsonl", start=start, every=config.log_every), events
 
 
 @contextlib.contextmanager
-def silence(config: runs.RunConfig, directory: Path, start: int) -> Iterator[tuple[vd.Hook, ...]]:
+def silence(
+    config: runs.RunConfig, directory: Path, start: int, unit: str = "nats"
+) -> Iterator[tuple[vd.Hook, ...]]:
     """Make hooks that tell nothing, at the pace of those that do: all processes stop at the same steps."""
     with progress_bar("training", config.num_steps, start=start) as bar:
         yield bar, vd.Hook(config.log_every, lambda step, state, metrics: None)

@@ -20,3 +20,5 @@ from vdiff.evaluate.transitions import langevin as langevin
 from vdiff.evaluate.transitions import nuts as nuts
 from vdiff.evaluate.transitions import repeated as repeated
 from vdiff.evaluate.transitions import unadjusted_langevin as unadjusted_langevin
+from vdiff.evaluate.two_sample import TwoSample as TwoSample
+from vdiff.evaluate.two_sample import classifier_two_sample as classifier_two_sample

@@ -10,6 +10,7 @@ from vdiff.report.images import image_grid as image_grid
 from vdiff.report.images import reconstruction_grid as reconstruction_grid
 from vdiff.report.index import RunEntry as RunEntry
 from vdiff.report.index import write_index as write_index
+from vdiff.report.landscapes import landscape as landscape
 from vdiff.report.lines import Panel as Panel
 from vdiff.report.lines import line_panels as line_panels
 from vdiff.report.page import FigureEntry as FigureEntry

@@ -18,7 +18,9 @@ from vdiff.train.step import TrainState
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, num_steps: int, *, start: int = 0, every: int = 20) -> Iterator[Hook]:
+def progress_bar(
+    label: str, num_steps: int, *, start: int = 0, every: int = 20, unit: str = "nats"
+) -> Iterator[Hook]:
     """Show a progress bar with the live value of the objective.
 
     Args:
@@ -26,6 +28,7 @@ def progress_bar(label: str, num_steps: int, *, start: int = 0, every: int = 20)
         num_steps: the step at which the run ends.
         start: the step at which it (re)starts.
         every: steps between two updates.
+        unit: of the objective; "" for one that has none.
 
     Yields:
         A `Hook` for `fit`.
@@ -41,7 +44,7 @@ def progress_bar(label: str, num_steps: int, *, start: int = 0, every: int = 20)
         task = progress.add_task(label, total=num_steps, completed=start, value="compiling")
 
         def show(step: int, state: TrainState, metrics: dict[str, float]) -> None:
-            progress.update(task, completed=step, value=f"{metrics['objective']:9.2f} nats")
+            progress.update(task, completed=step, value=f"{metrics['objective']:9.2f} {unit}")
 
         yield Hook(every, show)
 
