@@ -188,9 +188,9 @@ def run(config: Config) -> dict:
     )
 
     began = time.perf_counter()
-    scores = {}
-    for name, params in (("gradient", state.ema), ("em", by_em)):
-        scores[name] = _judge(config, problem, exact, key_judge, params, f"judging {name}")
+    scores, trust = {}, {}
+    for name, params in (("em", by_em), ("gradient", state.ema)):
+        scores[name], trust = _judge(config, problem, exact, key_judge, params, f"judging {name}")
     elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, problem.test)
     seconds = {"training": training.training_seconds(directory), "em": em_seconds}
     seconds["evaluation"] = time.perf_counter() - began
@@ -200,6 +200,7 @@ def run(config: Config) -> dict:
         "log_prob": runs.metric(scores["gradient"], bound),
         "log_prob_em": runs.metric(scores["em"], bound),
         "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
+        **trust,
     }
     if problem.levels:
         bits = vd.bits_per_dim(scores["gradient"].mean, problem.train.shape[1])
@@ -246,20 +247,20 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
 
 def _judge(
     config: Config, problem: Problem, exact: vd.GMM, key: Key, params: Params, label: str
-) -> evaluate.Summary:
-    """Average log p(x) over the test data: exact for points, over dequantisation noise for levels."""
+) -> tuple[evaluate.Summary, dict[str, dict]]:
+    """Average log p(x) over the test data, exact for points, over dequantisation noise for levels, and say how sure."""
     if not problem.levels:
         values = evaluate.evaluate(
             lambda key, params, x: exact.log_prob(params, x), key, params, problem.test
         )
-        return evaluate.summarize(values)
+        return evaluate.summarize(values), {}
     model = vd.dequantized(exact, problem.levels)
     log_prob = evaluate.importance_log_prob(model, config.eval_samples, chunk_size=50)
     with training.counting(label, len(problem.test)) as on_progress:
         judged = evaluate.evaluate(
             log_prob, key, params, problem.test, batch_size=20, on_progress=on_progress
         )
-    return evaluate.summarize(judged.value)
+    return evaluate.summarize(judged.value), training.trust(judged, config.eval_samples)
 
 
 def show(
@@ -313,7 +314,9 @@ def show(
 
     metrics, judged = result["metrics"], "exact"
     if problem.levels:
-        judged = f"{config.eval_samples:,} draws of the dequantisation noise"
+        judged = (
+            f"{config.eval_samples:,} draws of the dequantisation noise{training.told(result['metrics'])}"
+        )
     tiles = [
         report.Tile(
             "log p(x), by gradient", unit="nats per datum", note=judged, **_value(metrics["log_prob"])

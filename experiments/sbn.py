@@ -170,7 +170,7 @@ def run(config: Config) -> dict:
         "log_prob": runs.metric(nats, f"importance, K = {config.eval_samples:,}"),
         "iwae": runs.metric(evaluate.summarize(bound), f"IWAE, K = {config.num_samples:,}"),
         "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-        "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
+        **training.trust(judged, config.eval_samples),
     }
     result = runs.write_result(directory, metrics, state.ema, seconds)
 
@@ -184,7 +184,7 @@ def run(config: Config) -> dict:
     rows = report.load_metrics(directory / "metrics.jsonl")
     name = "iwae" if "iwae" in rows[-1] else "elbo"
     report.training_curves(rows, directory / "curves.png", bound=name)
-    draws = f"importance sampling, {config.eval_samples:,} draws, {len(test):,} test images"
+    draws = f"importance sampling, {config.eval_samples:,} draws, {len(test):,} test images{training.told(metrics)}"
     page = report.write_page(
         directory,
         title=f"Sigmoid belief network on {problem.dataset.name}, by {config.estimator}",

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -256,6 +256,28 @@ def judge(
     log_prob = vd.evaluate.importance_log_prob(model, num_samples, chunk_size=50)
     with counting("judging", len(images)) as on_progress:
         return vd.evaluate.evaluate(log_prob, key, params, images, batch_size=20, on_progress=on_progress)
+
+
+def trust(judged: vd.LogProb, num_samples: int) -> dict[str, dict]:
+    """Say how far importance weights can be trusted, as metrics: their effective number, and how many have long tails.
+
+    Args:
+        judged: of every image, leaves [N].
+        num_samples: K, the draws per image.
+
+    Returns:
+        "ess", and "k_hat" where there are draws enough to tell.
+    """
+    metrics = {"ess": {"value": float(np.median(judged.ess)), "unit": f"of {num_samples} draws, median"}}
+    share = vd.evaluate.untrusted_share(judged.k_hat)
+    if not math.isnan(share):
+        metrics["k_hat"] = {"value": share, "unit": "of the images above 0.7, where weights are not trusted"}
+    return metrics
+
+
+def told(metrics: Mapping[str, dict]) -> str:
+    """Put the share of k-hats above 0.7, where it is known, in words that go on a sentence."""
+    return f", k-hat above 0.7 for {metrics['k_hat']['value']:.1%}" if "k_hat" in metrics else ""
 
 
 def training_seconds(directory: Path) -> float:

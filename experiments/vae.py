@@ -194,7 +194,7 @@ def run(config: Config) -> dict:
         "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
         "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, num_dims), "unit": "bits/dim"},
         "active_units": {"value": int(evaluate.active_units(loc).is_active.sum()), "unit": "units"},
-        "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
+        **training.trust(judged, config.eval_samples),
     }
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, loc, kl.mean(0), key_show, result)
@@ -286,6 +286,7 @@ def show(
     ]
     log_prob = metrics["log_prob"]
     draws = f"importance sampling, {config.eval_samples:,} draws, {log_prob['num_data']:,} test images"
+    draws += training.told(metrics)
     return report.write_page(
         directory,
         title=f"Variational autoencoder on {problem.dataset.name}",

@@ -27,7 +27,7 @@ def test_fields():
     assert vd.Model._field_defaults == {"elbo_terms": None}
     assert vd.Network._fields == ("init", "apply")
     assert vd.Likelihood._fields == ("log_prob", "sample", "mean", "embed", "out_shape")
-    assert vd.LogProb._fields == ("value", "std_error", "ess")
+    assert vd.LogProb._fields == ("value", "std_error", "ess", "k_hat")
 
 
 @pytest.mark.parametrize(

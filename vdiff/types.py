@@ -11,6 +11,7 @@ entropy that is "+ H(q)"; the ELBO above is what the code computes.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -102,11 +103,14 @@ class LogProb(NamedTuple):
         value: the estimate of log p(x), nats.
         std_error: its standard error over the draws, nats (delta method).
         ess: the effective number of draws, between 1 and the number drawn.
+        k_hat: the shape of the weights' tail, `vdiff.evaluate.k_hat`: above 0.7 do not trust the rest; NaN where there
+            are too few draws to tell.
     """
 
     value: Float[Array, "..."]
     std_error: Float[Array, "..."]
     ess: Float[Array, "..."]
+    k_hat: Float[Array, "..."] = math.nan
 
 
 def is_discrete(z: PyTree) -> bool:

@@ -125,3 +125,11 @@ def test_summary_adds_up_in_double_precision():
 
 def test_summary_of_one_datum_claims_no_precision():
     assert vd.evaluate.summarize(np.array([-3.0])) == (-3.0, np.inf, 1)
+
+
+def test_the_share_of_data_whose_weights_are_not_trusted():
+    nan = np.nan
+    assert vd.evaluate.untrusted_share(np.array([0.1, 0.70, 0.71, np.inf, -np.inf])) == 0.4
+    assert vd.evaluate.untrusted_share(np.array([0.1, 0.2, 0.3]), limit=0.15) == 2 / 3
+    assert vd.evaluate.untrusted_share(np.array([nan, 0.9])) == 1.0
+    assert np.isnan(vd.evaluate.untrusted_share(np.array([nan, nan])))

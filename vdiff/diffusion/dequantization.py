@@ -116,8 +116,9 @@ def dequantized_log_prob(
         chunk_size: how many of them are held in memory at once.
 
     Returns:
-        `(key, params, k) -> LogProb(value, std_error, ess)` of one datum, nats, a mass: with K = 1 the value's mean is
-        the bound, std_error is infinite. k is an integer array; a level outside 0..n-1 gives NaN.
+        `(key, params, k) -> LogProb(value, std_error, ess, k_hat)` of one datum, nats, a mass: with K = 1 the value's
+        mean is the bound, std_error is infinite. k_hat is NaN: a handful of draws has no tail to judge. k is an integer
+        array; a level outside 0..n-1 gives NaN.
 
     Raises:
         TypeError: at trace time, if k holds no integers.
@@ -161,6 +162,7 @@ def dequantized_log_prob(
         else:
             spread = jnp.maximum(inverse_ess - 1.0 / num_samples, 0.0)
             std_error = jnp.sqrt(spread * (num_samples / (num_samples - 1)))
-        return LogProb(log_sum - math.log(num_samples), std_error, 1.0 / inverse_ess)
+        unknown = jnp.full_like(log_sum, jnp.nan)
+        return LogProb(log_sum - math.log(num_samples), std_error, 1.0 / inverse_ess, unknown)
 
     return estimate

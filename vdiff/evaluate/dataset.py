@@ -90,6 +90,20 @@ def summarize(values: np.ndarray) -> Summary:
     return Summary(float(values.mean()), float(spread), len(values))
 
 
+def untrusted_share(k_hat: np.ndarray, limit: float = 0.7) -> float:
+    """Compute the share of the data whose importance weights have too long a tail to be trusted.
+
+    Args:
+        k_hat: [N], of a `LogProb`.
+        limit: the largest k-hat of weights that are trusted; 0.7 is that of Vehtari et al., 2024.
+
+    Returns:
+        A share in [0, 1]; NaN where all k-hats are, since there were too few draws to tell.
+    """
+    k_hat = np.asarray(k_hat)
+    return math.nan if np.all(np.isnan(k_hat)) else float(np.mean(k_hat[~np.isnan(k_hat)] > limit))
+
+
 @cache
 def _batched(evaluator: Callable) -> Callable:
     @jax.jit

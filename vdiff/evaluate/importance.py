@@ -9,22 +9,14 @@ Source: Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, 2016,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from vdiff.estimators.log_weights import check_num_samples, draw_with_log_q, log_joints
+from vdiff.evaluate.weights import Weights, add_weights, log_prob_of, no_weights
 from vdiff.types import Key, LogProb, ModelLike, Params, PyTree, check_key, q_at
-
-
-class _Sums(NamedTuple):
-    """Hold the streamed sums of weights and squared weights, relative to the largest log-weight so far."""
-
-    top: Float[Array, ""]
-    first: Float[Array, ""]
-    second: Float[Array, ""]
 
 
 def importance_log_prob(
@@ -38,9 +30,10 @@ def importance_log_prob(
         chunk_size: how many draws are held in memory at once; the last chunk may be short.
 
     Returns:
-        `(key, params, x) -> LogProb(value, std_error, ess)` of one datum, nats. value is in expectation a
+        `(key, params, x) -> LogProb(value, std_error, ess, k_hat)` of one datum, nats. value is in expectation a
         lower bound on log p(x). std_error is that of the draws by the delta method,
-        sqrt((sum w^2 / (sum w)^2 - 1/K) K / (K - 1)); infinite when K is 1. ess = (sum w)^2 / sum w^2.
+        sqrt((sum w^2 / (sum w)^2 - 1/K) K / (K - 1)); infinite when K is 1. ess = (sum w)^2 / sum w^2. k_hat is the
+        shape of the weights' tail: above 0.7 neither value nor std_error is to be trusted; NaN when K is under 25.
 
     Raises:
         ValueError: if `num_samples` or `chunk_size` is less than one.
@@ -54,26 +47,13 @@ def importance_log_prob(
     def log_prob(key: Key, params: Params, x: PyTree) -> LogProb:
         key, q = check_key(key), q_at(model, params, x)
 
-        def add_chunk(sums: _Sums, i: Array) -> tuple[_Sums, None]:
+        def add_chunk(weights: Weights, i: Array) -> tuple[Weights, None]:
             z, log_q = draw_with_log_q(q, jax.random.fold_in(key, i), chunk_size)
             log_w = log_joints(model, params, x, z, chunk_size) - log_q
-            log_w = jnp.where(i * chunk_size + jnp.arange(chunk_size) < num_samples, log_w, -jnp.inf)
-            top = jnp.maximum(sums.top, jnp.max(log_w))
-            # Where every weight so far is zero, top is -inf and differences to it are undefined.
-            shift = jnp.where(jnp.isneginf(top), 0.0, top)
-            old, w = jnp.exp(sums.top - shift), jnp.exp(log_w - shift)
-            first = sums.first * old + jnp.sum(w)
-            return _Sums(top, first, sums.second * jnp.square(old) + jnp.sum(jnp.square(w))), None
+            is_asked = i * chunk_size + jnp.arange(chunk_size) < num_samples
+            return add_weights(weights, jnp.where(is_asked, log_w, -jnp.inf)), None
 
-        zero = jnp.zeros(())
-        sums, _ = jax.lax.scan(add_chunk, _Sums(zero - jnp.inf, zero, zero), jnp.arange(num_chunks))
-        value = sums.top + jnp.log(sums.first) - jnp.log(float(num_samples))
-        inverse_ess = sums.second / jnp.square(sums.first)
-        spread = jnp.maximum(inverse_ess - 1.0 / num_samples, 0.0)
-        if num_samples == 1:
-            std_error = jnp.full_like(value, jnp.inf)
-        else:
-            std_error = jnp.sqrt(spread * (num_samples / (num_samples - 1)))
-        return LogProb(value, std_error, 1.0 / inverse_ess)
+        weights, _ = jax.lax.scan(add_chunk, no_weights(num_samples), jnp.arange(num_chunks))
+        return log_prob_of(weights, num_samples)
 
     return log_prob
