@@ -84,6 +84,8 @@ from vdiff.models.sbn import SBN as SBN
 from vdiff.models.sbn import sbn as sbn
 from vdiff.models.vae import VAE as VAE
 from vdiff.models.vae import vae as vae
+from vdiff.models.vqvae import VQVAE as VQVAE
+from vdiff.models.vqvae import vqvae as vqvae
 from vdiff.objectives import Scheduled as Scheduled
 from vdiff.objectives import bits_per_dim as bits_per_dim
 from vdiff.objectives import by_part as by_part
