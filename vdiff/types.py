@@ -202,6 +202,14 @@ class ModelLike(Protocol):
     def elbo_estimate(self, key: Key, params: Params, x: PyTree) -> Float[Array, ""]: ...  # noqa: D102
 
 
+@runtime_checkable
+class Startable(Protocol):
+    """Describe what a run can start from: whatever record has an `init`, a `Model` or not."""
+
+    @property
+    def init(self) -> Callable[[Key], Params]: ...  # noqa: D102
+
+
 def in_turn(sample: Callable[[Key], PyTree], log_prob: Callable[[PyTree], Array]) -> Distribution:
     """Build a `Distribution` that draws z first and then looks at its density."""
 

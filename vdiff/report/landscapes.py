@@ -49,18 +49,18 @@ def landscape(
     blue = to_rgb(COLORS[0])
     colors = LinearSegmentedColormap.from_list("height", [(*blue, 0.0), (*blue, 0.55), (*blue, 1.0)])
     below = heights - np.nanmax(np.where(np.isfinite(heights), heights, np.nan))
-    middles = [
-        a + (b - a) * (np.arange(len(heights)) + 0.5) / len(heights) for a, b in zip(low, high, strict=True)
-    ]
+    shown = np.where(below > -depth, below, np.nan).T
+    extent = (low[0], high[0], low[1], high[1])
     fig = new_figure(4.6 * len(panels) + 0.9, 4.6)
     axes = fig.subplots(1, len(panels), squeeze=False)[0]
     for ax, (title, given) in zip(axes, panels, strict=True):
         dress(ax, title)
-        levels = np.linspace(-depth, 0, 19)
-        drawn = ax.contourf(*middles, np.maximum(below, -depth - 1).T, levels=levels, cmap=colors)
+        drawn = ax.imshow(
+            shown, origin="lower", extent=extent, cmap=colors, vmin=-depth, vmax=0.0, aspect="equal"
+        )
         size = float(np.clip(4e3 / max(len(given), 1), 2, 14))
         ax.scatter(*given.T, s=size, c=COLORS[1], linewidths=0, alpha=0.8)
-        ax.set(aspect="equal", xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="$x_1$", ylabel="$x_2$")
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="$x_1$", ylabel="$x_2$")
         ax.grid(visible=False)
     bar = fig.colorbar(drawn, ax=list(axes), shrink=0.85, ticks=[-depth, -2 * depth / 3, -depth / 3, 0])
     bar.outline.set_visible(False)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from vdiff.objectives import Scheduled, sum_terms
 from vdiff.train.accumulation import Gradient, batch_gradient
 from vdiff.train.guard import NOTHING_SKIPPED, Guard, Guarding, Metrics, skip_nonfinite
-from vdiff.types import Key, ModelLike, Objective, Params, PyTree, Terms, check_key
+from vdiff.types import Key, Objective, Params, PyTree, Startable, Terms, check_key
 
 
 class TrainState(NamedTuple):
@@ -70,7 +70,7 @@ class TrainStep:
         return self.update(state, found._replace(grads=_mean_over_devices(found.grads, self.axis_name)))
 
 
-def init_state(key: Key, model: ModelLike, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(key: Key, model: Startable, optimizer: optax.GradientTransformation) -> TrainState:
     """Start a run.
 
     Args:
