@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PRESET ?= digits
 
-.PHONY: help install demo test test-fast lint data wheel clean
+.PHONY: help install demo test test-long test-fast lint data wheel clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,11 +19,14 @@ install: $(VENV)/.installed ## Create .venv with everything pinned in constraint
 demo: install ## Train a mixture, a VAE and a diffusion model on real digits: one table, one page (PRESET=smoke: seconds).
 	$(BIN)/python -m experiments.demo $(PRESET)
 
-test: install ## Run all tests.
-	$(BIN)/python -m pytest -n 2
+test: install ## Run the tests, but for the further cases that are marked long.
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long'
+
+test-long: install ## Run those that are marked long.
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
 
 test-fast: install ## Run the tests that take seconds.
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not long'
 
 lint: install ## Check style and formatting.
 	$(BIN)/ruff check .

@@ -1,7 +1,12 @@
 """Strictness for every test: rank and dtype promotion are errors, annotations are checked."""
 
 import gc
+import os
 from pathlib import Path
+
+# Most of the time goes into compiling; XLA's own flag takes away a good part of it, here and in each process that
+# a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users compile.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import jaxtyping

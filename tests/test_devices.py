@@ -22,6 +22,9 @@ import vdiff as vd
 from tests import toys
 from tests.states import distance, numbers, small_vae
 
+# One worker runs them all: the comparisons are made once.
+pytestmark = pytest.mark.xdist_group("devices")
+
 NUM_STEPS, BATCH_SIZE, NUM_DEVICES = 20, 64, 8
 # Two reductions of 64 gradients in another order differ by about 1e-7 of a leaf's norm at each step; measured
 # after 20 steps 1.7e-7 under SGD and 2.9e-7 under Adam, over all leaves of the state.
@@ -321,8 +324,6 @@ def main():
             parts = compiled_steps(model, optimizer, num_accumulate=4)
             result["reductions of parts"] = reductions(start, parts, batches)
             result["num_leaves"] = len(jax.tree.leaves(start().params))
-    # Three programs of thirteen estimators: without optimisation they compile in two thirds of the time.
-    jax.config.update("jax_disable_most_optimizations", True)
     result["estimators"] = compare_estimators()
     result["stratified"] = compare_stratified()
     print(json.dumps(result))

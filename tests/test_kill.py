@@ -100,7 +100,6 @@ def child(directory, log, stage=None):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     runs.console.file = runs.errors.file = sys.stdout = open(log, "a", buffering=1)
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles in less time
     if stage == "the compilation":
         jax.monitoring.register_event_duration_secs_listener(die_compiling)
     elif stage is not None:
@@ -175,7 +174,7 @@ def test_killed_at_a_stage(stage, straight, tmp_path):
     assert reached - resumed <= 2 * EVERY and "skipped" not in run.log.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(straight, tmp_path):
     """Thirty times, over as many runs as that takes; each start goes on, and each run ends at the same bits."""
     moments, num_kills, num_starting, num_runs = random.Random(0), 0, 0, 0

@@ -20,6 +20,9 @@ import pytest
 import vdiff as vd
 from tests.states import distance, numbers
 
+# One worker runs them all: the comparisons are made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("modes")]
+
 NUM_STEPS, BATCH_SIZE = 20, 32
 SHAPE = (8, 8, 1)
 # Adam hides a gradient that is n times too large, and so does clipping; plain SGD does not. A softmax does not change
@@ -187,7 +190,6 @@ def eight():
     return measured(8, "compare", "refusals")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "case"), PAIRS)
 def test_every_split_trains_to_the_same_state(eight, optimizer, case):
     found = eight["compare"]
@@ -195,7 +197,6 @@ def test_every_split_trains_to_the_same_state(eight, optimizer, case):
     assert found["distance"][f"{optimizer}, {case}"] < LARGEST_DISTANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "case"), PAIRS)
 def test_a_device_holds_its_slice(eight, optimizer, case):
     """Of each of 13 leaves with 64 numbers or more, in params and their average, and in both of Adam's moments."""
@@ -205,7 +206,6 @@ def test_a_device_holds_its_slice(eight, optimizer, case):
     assert eight["compare"]["share"][f"{optimizer}, {case}"] == (split if is_split else whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", COUNTED)
 def test_gradients_are_reduced_once(eight, case):
     """Under jit one all-reduce in all; under fsdp one reduce-scatter of each split leaf; none in a loop over parts."""
@@ -217,7 +217,6 @@ def test_gradients_are_reduced_once(eight, case):
     assert everywhere["all-to-all"] == everywhere["collective-permute"] == 0
 
 
-@pytest.mark.slow
 def test_batches_that_do_not_divide_are_refused_with_the_numbers_that_would(eight):
     assert eight["refusals"] == {
         "parts": "batch: got 24 data for 8 devices with 4 parts each, expected a multiple of 32; "
@@ -230,7 +229,6 @@ def test_batches_that_do_not_divide_are_refused_with_the_numbers_that_would(eigh
     }
 
 
-@pytest.mark.slow
 def test_bytes_per_device_fall_as_one_over_n():
     """But for what stays whole, 0.15 % of the state: leaves under 1,024 numbers."""
     found = measured(max(MEMORY_DEVICES), "memory")["memory"]

@@ -177,9 +177,9 @@ def draws_without_the_noise_of_z(name, objectives, num_samples, params, num_draw
     [
         ("bernoulli", 2, 60_000),
         ("bernoulli", 5, 100_000),
-        pytest.param("bernoulli", 8, 160_000, marks=pytest.mark.slow),
+        pytest.param("bernoulli", 8, 160_000, marks=pytest.mark.long),
         ("categorical", 2, 120_000),
-        pytest.param("categorical", 5, 400_000, marks=pytest.mark.slow),
+        pytest.param("categorical", 5, 400_000, marks=pytest.mark.long),
     ],
 )
 def test_gradients_of_iwae_are_unbiased(name, num_samples, num_draws):

@@ -123,14 +123,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unoptimised():
-    """Products are merged all the same, and a call and `.lower(..).compile()` share one compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def start(case):
     return MODELS[case.model].init(jax.random.key(0))._replace(cv=case.cv)
 

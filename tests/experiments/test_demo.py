@@ -7,7 +7,7 @@ import pytest
 import vdiff as vd
 from experiments import demo
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 def test_the_demo_writes_one_page_that_links_every_run(tmp_path, capsys):

@@ -21,6 +21,10 @@ def config_of(directory, **changes):
     return diffusion.Config(**(settings | changes))
 
 
+def further(changes):
+    return pytest.param(changes, marks=pytest.mark.long)
+
+
 CHAIN = {"model": "ddpm", "num_latents": 6, "schedule": "cosine"}
 
 
@@ -28,11 +32,11 @@ CHAIN = {"model": "ddpm", "num_latents": 6, "schedule": "cosine"}
     "changes",
     [
         {"network": "dit", "width": 16, "depth": 1, "patch": 4, "prediction": "level", "warmup_steps": 5},
-        {"network": "unet", "width": 8, "depth": 2, "prediction": "velocity", "weight": "min_snr"},
-        {"prediction": "preconditioned", "schedule": "monotone", "precision": "bfloat16"},
+        further({"network": "unet", "width": 8, "depth": 2, "prediction": "velocity", "weight": "min_snr"}),
+        further({"prediction": "preconditioned", "schedule": "monotone", "precision": "bfloat16"}),
         {"likelihood": "bernoulli", "schedule": "linear", "log_snr_max": 5.0, "eval_sweeps": 1},
         CHAIN | {"likelihood": "discretized", "reverse_variance": "beta", "prediction": "noise"},
-        {"num_latents": 5, "reverse_variance": "learned"},
+        further({"num_latents": 5, "reverse_variance": "learned"}),
         {"latent_dim": 4, "hidden": (32,), "prediction": "velocity", "log_snr_max": 5.0, "eval_images": 1},
     ],
 )

@@ -13,14 +13,6 @@ from experiments import cases, estimators
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def quick_compilation():
-    """A dozen programs of few draws: most of the time goes into compiling them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     directory = tmp_path_factory.mktemp("estimators")
@@ -55,7 +47,7 @@ def test_unbiased_ones_are_within_their_noise_and_the_order_of_variances_is_the_
     assert far["pathwise"] < far["score, leave-one-out (RLOO)"] < far["score, no baseline"]
 
 
-def test_signal_to_noise_has_the_published_slopes(quick_compilation):
+def test_signal_to_noise_has_the_published_slopes():
     """Rainforth et al. (2018) and Tucker et al. (2019), between 4 and 64 draws, to .1 of the exponent."""
     config = estimators.dataclasses.replace(estimators.PRESETS["smoke"][1], num_draws=1000, max_samples=64)
     of_lam, of_theta = (panel.lines for panel in estimators.snr_panels(config))
@@ -68,7 +60,7 @@ def test_signal_to_noise_has_the_published_slopes(quick_compilation):
             assert slope == pytest.approx(of_doubly if "DReG" in name else of_others, abs=0.1), name
 
 
-def test_a_temperature_trades_bias_for_noise(quick_compilation):
+def test_a_temperature_trades_bias_for_noise():
     """Relaxed: less bias and more noise at each lower temperature; straight-through keeps its bias, half and more."""
     config = estimators.dataclasses.replace(estimators.PRESETS["smoke"][1], num_draws=400)
     bias, noise = (panel.lines for panel in estimators.temperature_panels(config))

@@ -16,7 +16,8 @@ from experiments import hosts as joining
 from experiments import settings, vae
 from tests.train import hosts
 
-pytestmark = pytest.mark.slow
+# One worker runs them all: the story is told once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("story")]
 SETTINGS = "--num-steps 600 --log-every 25 --checkpoint-every 50 --eval-samples 10 --eval-images 50".split()
 
 

@@ -10,10 +10,11 @@ import pytest
 import vdiff as vd
 from tests.states import leaves_of, small_vae
 from tests.train import hosts
-from tests.train.host_program import OPTIMIZERS, trained
+from tests.train.host_program import CASES, OPTIMIZERS, trained
 from vdiff.train.hosts import is_first, largest, on_one_device
 
-pytestmark = pytest.mark.slow
+# One worker runs them all: what the processes found is found once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
 # Each leaf's distance over its norm, after 20 steps.
 LARGEST_DISTANCE = 2e-6
 
@@ -26,7 +27,7 @@ def alone(optimizer):
     return leaves_of(state), rows
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def together(request, tmp_path_factory):
     """What each of several processes found."""
     path = tmp_path_factory.mktemp("hosts") / "found"
@@ -39,22 +40,20 @@ def together(request, tmp_path_factory):
     return request.param, arrays, with_facts
 
 
-@pytest.mark.parametrize("mode", ["jit", "fsdp"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("parts", [1, 2])
-def test_several_processes_compute_what_one_does(together, mode, optimizer, parts):
-    _, arrays, facts = together
-    expected, rows = alone(optimizer)
-    for found, fact in zip(arrays, facts, strict=True):
-        for name, value in expected.items():
-            other = found[f"{mode} {optimizer} {parts} {name}"]
-            gap = np.linalg.norm(np.float64(other) - np.float64(value))
-            assert other.dtype == value.dtype
-            assert gap <= LARGEST_DISTANCE * max(np.linalg.norm(np.float64(value)), 1e-30), name
-        metrics = fact["metrics"][f"{mode} {optimizer} {parts}"]
-        assert metrics.keys() == rows[-1].keys()
-        for name, value in rows[-1].items():
-            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+def test_several_processes_compute_what_one_does(together):
+    num, arrays, facts = together
+    for mode, optimizer, parts in CASES[num]:
+        case, (expected, rows) = f"{mode} {optimizer} {parts}", alone(optimizer)
+        for found, fact in zip(arrays, facts, strict=True):
+            for name, value in expected.items():
+                other = found[f"{case} {name}"]
+                gap = np.linalg.norm(np.float64(other) - np.float64(value))
+                assert other.dtype == value.dtype
+                assert gap <= LARGEST_DISTANCE * max(np.linalg.norm(np.float64(value)), 1e-30), (case, name)
+            metrics = fact["metrics"][case]
+            assert metrics.keys() == rows[-1].keys()
+            for name, value in rows[-1].items():
+                np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=case)
 
 
 def test_all_processes_hold_the_same_bits(together):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from tests import toys
 from vdiff.evaluate.checks.agreement import joint_moments, pilot_draws, q_moments
@@ -12,13 +11,6 @@ from vdiff.evaluate.checks.reference import Joint, fit_reference
 TOY = toys.toy("linear2")
 X = jnp.asarray(TOY.data[0])
 NUM_DRAWS = 10_000
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pilot(*sound):

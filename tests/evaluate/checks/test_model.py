@@ -20,14 +20,6 @@ from vdiff.evaluate.checks.model import check_model
 from vdiff.types import Model, Params
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Most of the time goes into compiling; XLA's own flag takes away half of it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def failed(report):
     return {check.name: check.z_score for check in report.checks if not check.is_ok}
 
@@ -513,13 +505,14 @@ def test_a_planted_bug_is_found(kind, bug):
             assert not any(name.startswith("log_q") or name == "reparametrisation" for name in failed(report))
 
 
+# The others are long.
 FAST = {
     "Bernoulli latent", "gmm", "collapsed gmm", "flow", "flow, Bernoulli", "one-hot", "without a latent",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CORRECT]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.long) for name in CORRECT]
 )
 def test_a_correct_model_passes(name):
     model, params, x = correct(name)
