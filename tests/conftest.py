@@ -16,6 +16,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+FURTHER_CASES = Path(__file__).with_name("further_cases.txt")
+
+
+def pytest_collection_modifyitems(items):
+    further = {line for line in FURTHER_CASES.read_text().splitlines() if not line.startswith("#")}
+    for item in items:
+        if item.nodeid.split("@")[0] in further:  # xdist adds the name of a group
+            item.add_marker("long")
+
+
 def forget_programs():
     jax.clear_caches()
     gc.collect()

@@ -143,3 +143,9 @@ def test_every_module_has_a_test_file(path):
     relative = path.relative_to(ROOT / "vdiff")
     test = ROOT / "tests" / relative.parent / f"test_{relative.name}"
     assert test.exists(), f"{name_of(path)} has no {name_of(test)}"
+
+
+def test_further_cases_are_tests():
+    for line in (ROOT / "tests/further_cases.txt").read_text().splitlines()[1:]:
+        path, name = line.split("::")
+        assert f"\ndef {name.split('[')[0]}(" in (ROOT / path).read_text(), line
