@@ -1,5 +1,6 @@
 """What a pixel is: a likelihood, and where a decoder's output starts so that it knows each pixel's own law."""
 
+import jax
 import numpy as np
 
 import vdiff as vd
@@ -33,6 +34,29 @@ def looked_at(images: np.ndarray | vd.data.Rows, *, at_most: int = 10_000) -> np
     if isinstance(images, np.ndarray):
         return images
     return images[np.linspace(0, len(images) - 1, min(len(images), at_most)).astype(np.int64)]
+
+
+def predicted(
+    vae: vd.VAE, key: jax.Array, params: vd.Params, images: np.ndarray, *, num_draws: int = 30
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw what a VAE predicts of images that it has seen: x_rep ~ p(x_rep | z) and E[x_rep | z], z ~ q(z | x).
+
+    Returns:
+        Both [N, num_draws, ...], in the units of x.
+    """
+
+    def one(key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loc, scale = vae.encode(params, x)
+
+        def once(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            key_z, key_x = jax.random.split(key)
+            z = loc + scale * jax.random.normal(key_z, loc.shape)
+            return vae.sample_x(key_x, params, z), vae.decode(params, z)
+
+        return jax.vmap(once)(jax.random.split(key, num_draws))
+
+    draws, means = jax.jit(jax.vmap(one))(jax.random.split(key, len(images)), images)
+    return np.asarray(draws), np.asarray(means)
 
 
 LIKELIHOODS = {

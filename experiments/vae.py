@@ -181,9 +181,8 @@ def run(config: Config) -> dict:
     began = time.perf_counter()
     judged = training.judge(problem.model, config.eval_samples, key_judge, state.ema, test)
     elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, test)
-    kl = evaluate.evaluate(_unit_kl(problem), key_judge, state.ema, test)
-    loc = evaluate.evaluate(
-        lambda key, params, x: problem.vae.encode(params, problem.to_vae(x))[0], key_judge, state.ema, test
+    loc, scale = evaluate.evaluate(
+        lambda key, params, x: problem.vae.encode(params, problem.to_vae(x)), key_judge, state.ema, test
     )
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
 
@@ -197,7 +196,9 @@ def run(config: Config) -> dict:
         **training.trust(judged, config.eval_samples),
     }
     result = runs.write_result(directory, metrics, state.ema, seconds)
-    page = show(config, problem, directory, state.ema, test, loc, kl.mean(0), key_show, result)
+    page = show(
+        config, problem, directory, state.ema, test, loc, evaluate.unit_kl(loc, scale), key_show, result
+    )
     console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images")
     export(config, problem, directory, state, test[0])
     console.print(f"report   {page}")
@@ -230,16 +231,6 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
     )
 
 
-def _unit_kl(problem: Problem) -> Callable[[jax.Array, vd.Params, jax.Array], jax.Array]:
-    """Make the KL of each unit of q(z | x) from N(0, 1), [latent_dim] nats."""
-
-    def unit_kl(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
-        loc, scale = problem.vae.encode(params, problem.to_vae(x))
-        return vd.densities.normal_kl(loc, jnp.log(scale))
-
-    return unit_kl
-
-
 def show(
     config: Config,
     problem: Problem,
@@ -263,6 +254,10 @@ def show(
 
     report.image_grid(samples, directory / "samples.png", columns=20)
     report.reconstruction_grid(test[:20] / top, reconstructions, directory / "reconstructions.png")
+    seen = jax.vmap(problem.to_vae)(test[:10])
+    replicas = pixels.predicted(problem.vae, key, params, seen)
+    draws, means = (np.clip(to_unit(x), 0.0, 1.0) for x in replicas)
+    report.predictive_grid(test[:10] / top, draws, means, directory / "predictive.png")
     points, names = loc, ("$z_1$", "$z_2$")
     if config.latent_dim > 2:
         points, share = report.principal_plane(loc)
@@ -278,6 +273,10 @@ def show(
     figures = [
         report.FigureEntry("samples.png", "What the model imagines: E[x | z] for z drawn from the prior."),
         report.FigureEntry("reconstructions.png", "Test images above, E[x | posterior mean] below."),
+        report.FigureEntry(
+            "predictive.png",
+            "What is predicted of a test image, seen: the mean, x drawn anew, and its spread, in all and through z.",
+        ),
         report.FigureEntry(
             "latents.png", "Posterior means of the test images, coloured by a label never trained on."
         ),

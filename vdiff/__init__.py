@@ -49,6 +49,8 @@ from vdiff.estimators.score_function import score_function as score_function
 from vdiff.estimators.wake_sleep import sleep_phase as sleep_phase
 from vdiff.estimators.wake_sleep import wake_phase as wake_phase
 from vdiff.estimators.wake_sleep import wake_sleep as wake_sleep
+from vdiff.evaluate.annealed import annealed_log_prob as annealed_log_prob
+from vdiff.evaluate.annealed import bdmc as bdmc
 from vdiff.evaluate.checks.model import check_model as check_model
 from vdiff.evaluate.gradients import gradient_report as gradient_report
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob

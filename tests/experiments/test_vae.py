@@ -37,7 +37,7 @@ def test_every_setting_trains_and_is_judged_above_the_pixels_alone(changes, tmp_
     metrics = result["metrics"]
     # The bound of many draws is tighter than that of one, beyond the noise of the mean.
     assert metrics["log_prob"]["value"] > metrics["elbo"]["value"] - 3 * metrics["elbo"]["std_error"]
-    assert metrics["log_prob"]["num_data"] == 50
+    assert metrics["log_prob"]["num_data"] == 60
     bits = vd.bits_per_dim(metrics["log_prob"]["value"], 64)
     assert metrics["bits_per_dim"]["value"] == pytest.approx(bits)
 
@@ -52,7 +52,7 @@ def test_every_setting_trains_and_is_judged_above_the_pixels_alone(changes, tmp_
     assert [row["step"] for row in rows] == list(range(20, config.num_steps + 1, 20))
 
     page = (tmp_path / "run/report.html").read_text()
-    for name in ("samples.png", "reconstructions.png", "latents.png", "curves.png"):
+    for name in ("samples.png", "reconstructions.png", "predictive.png", "latents.png", "curves.png"):
         assert (tmp_path / "run" / name).stat().st_size > 1000
     assert page.count("data:image/png;base64,") == 5
     assert list((tmp_path / "run/tensorboard").glob("events*"))

@@ -1,5 +1,16 @@
 """Judges: log p(x) and how far to trust it."""
 
+from vdiff.evaluate.annealed import Bracket as Bracket
+from vdiff.evaluate.annealed import Sandwich as Sandwich
+from vdiff.evaluate.annealed import annealed_log_prob as annealed_log_prob
+from vdiff.evaluate.annealed import bdmc as bdmc
+from vdiff.evaluate.annealed import linear_temperatures as linear_temperatures
+from vdiff.evaluate.annealed import reverse_annealed_log_prob as reverse_annealed_log_prob
+from vdiff.evaluate.annealed import sandwich as sandwich
+from vdiff.evaluate.annealed import sigmoidal_temperatures as sigmoidal_temperatures
+from vdiff.evaluate.calibration import Calibration as Calibration
+from vdiff.evaluate.calibration import calibration as calibration
+from vdiff.evaluate.calibration import posterior_ranks as posterior_ranks
 from vdiff.evaluate.checks.model import Check as Check
 from vdiff.evaluate.checks.model import ModelReport as ModelReport
 from vdiff.evaluate.checks.model import check_model as check_model
@@ -9,6 +20,7 @@ from vdiff.evaluate.dataset import summarize as summarize
 from vdiff.evaluate.dataset import untrusted_share as untrusted_share
 from vdiff.evaluate.diagnostics import Units as Units
 from vdiff.evaluate.diagnostics import active_units as active_units
+from vdiff.evaluate.diagnostics import unit_kl as unit_kl
 from vdiff.evaluate.gradients import GradientReport as GradientReport
 from vdiff.evaluate.gradients import gradient_report as gradient_report
 from vdiff.evaluate.grid import grid_log_normalizer as grid_log_normalizer

@@ -90,7 +90,7 @@ def summarize(values: np.ndarray) -> Summary:
     return Summary(float(values.mean()), float(spread), len(values))
 
 
-def untrusted_share(k_hat: np.ndarray, limit: float = 0.7) -> float:
+def untrusted_share(k_hat: np.ndarray | jax.Array, limit: float = 0.7) -> float:
     """Compute the share of the data whose importance weights have too long a tail to be trusted.
 
     Args:

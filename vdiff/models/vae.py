@@ -42,7 +42,7 @@ from vdiff.types import (
 
 
 class VAE(NamedTuple):
-    """Hold a `Model` and two functions more.
+    """Hold a `Model` and three functions more.
 
     Attributes:
         init: see `Model`.
@@ -53,6 +53,7 @@ class VAE(NamedTuple):
         elbo_terms: see `Model`.
         encode: `(params, x) -> (loc [latent_dim], scale [latent_dim])` of q(z | x).
         decode: `(params, z [latent_dim]) -> E[x | z]`, in the units of x.
+        sample_x: `(key, params, z [latent_dim]) -> x`, drawn from p(x | z).
     """
 
     init: Callable[[Key], Params]
@@ -63,6 +64,7 @@ class VAE(NamedTuple):
     elbo_terms: Objective
     encode: Callable[[Params, Array], tuple[Array, Array]]
     decode: Callable[[Params, Array], Array]
+    sample_x: Callable[[Key, Params, Array], Array]
 
     elbo_estimate = Model.elbo_estimate
 
@@ -120,7 +122,7 @@ def vae(
         return likelihood.log_prob(out, x)
 
     def sample_x(key: Key, params: Params, z: Array) -> Array:
-        return likelihood.sample(key, decoder.apply(params.theta, z))
+        return likelihood.sample(check_key(key), decoder.apply(params.theta, z))
 
     def init(key: Key) -> Params:
         key_theta, key_lam = jax.random.split(check_key(key))
@@ -154,13 +156,11 @@ def vae(
         return likelihood.mean(decoder.apply(params.theta, z))
 
     sample_q, log_q = fused(q)
-    base = VAE(init, log_joint, log_q, sample_q, sample, elbo_terms, encode, decode)
-    return base if prior is None else _with_prior(base, prior, posterior, log_likelihood, sample_x)
+    base = VAE(init, log_joint, log_q, sample_q, sample, elbo_terms, encode, decode, sample_x)
+    return base if prior is None else _with_prior(base, prior, posterior, log_likelihood)
 
 
-def _with_prior(
-    base: VAE, prior: ModelLike, posterior: Callable, log_likelihood: Callable, sample_x: Callable
-) -> VAE:
+def _with_prior(base: VAE, prior: ModelLike, posterior: Callable, log_likelihood: Callable) -> VAE:
     """Replace N(0, I) by a `Model` of z; the latent becomes the pair (z, u)."""
 
     def split(params: Params) -> tuple[Params, Params]:
@@ -198,7 +198,7 @@ def _with_prior(
         own, of_prior = split(params)
         key_z, key_x = jax.random.split(check_key(key))
         z, u = prior.sample(key_z, of_prior)
-        return sample_x(key_x, own, z), (z, u)
+        return base.sample_x(key_x, own, z), (z, u)
 
     def elbo_terms(key: Key, params: Params, x: Array) -> Terms:
         own, of_prior = split(params)
@@ -221,8 +221,11 @@ def _with_prior(
     def decode(params: Params, z: Array) -> Array:
         return base.decode(split(params)[0], z)
 
+    def sample_x(key: Key, params: Params, z: Array) -> Array:
+        return base.sample_x(key, split(params)[0], z)
+
     sample_q, log_q = fused(q)
-    return VAE(init, log_joint, log_q, sample_q, sample, elbo_terms, encode, decode)
+    return VAE(init, log_joint, log_q, sample_q, sample, elbo_terms, encode, decode, sample_x)
 
 
 def _transport(key: Key, loc: Array, log_scale: Array) -> Array:

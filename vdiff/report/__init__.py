@@ -18,6 +18,8 @@ from vdiff.report.page import Table as Table
 from vdiff.report.page import Tile as Tile
 from vdiff.report.page import metric_tiles as metric_tiles
 from vdiff.report.page import write_page as write_page
+from vdiff.report.predictive import predictive_grid as predictive_grid
+from vdiff.report.predictive import predictive_spread as predictive_spread
 from vdiff.report.rates import rate_curve as rate_curve
 from vdiff.report.schedules import schedule_comparison as schedule_comparison
 from vdiff.report.trajectories import denoising_rows as denoising_rows

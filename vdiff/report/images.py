@@ -6,6 +6,7 @@
 Each writes one PNG on a transparent ground and returns its path.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,37 @@ def reconstruction_grid(
             middle = (bottom + height / 2) / total
             at = (left - 20) / (left + width)
             fig.text(at, middle, label, color=INK, size=32, ha="right", va="center")
+    fig.savefig(path, dpi=dpi)
+    return Path(path)
+
+
+def labelled_rows(
+    sheets: Sequence[np.ndarray], labels: Sequence[str], path: Path | str, *, gap: int = GUTTER
+) -> Path:
+    """Write RGBA sheets of one width below each other, `gap` pixels apart, each with a label on its left.
+
+    Args:
+        sheets: each [height, width, 4], bytes, as of `tile`.
+        labels: one for each.
+        path: the PNG to write.
+        gap: pixels between two sheets.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure
+
+    heights, width = [len(sheet) for sheet in sheets], sheets[0].shape[1]
+    left, total, dpi = int(2.0 * _CELL), sum(heights) + gap * (len(sheets) - 1), 100
+    fig = Figure(figsize=((left + width) / dpi, total / dpi), dpi=dpi)
+    fig.patch.set_alpha(0)
+    bottom = total
+    for sheet, label, height in zip(sheets, labels, heights, strict=True):
+        bottom -= height
+        fig.figimage(sheet, left, bottom, origin="upper")
+        middle = (bottom + height / 2) / total
+        fig.text((left - 20) / (left + width), middle, label, color=INK, size=32, ha="right", va="center")
+        bottom -= gap
     fig.savefig(path, dpi=dpi)
     return Path(path)
 
