@@ -54,6 +54,48 @@ def test_weighted_refuses_an_unknown_name(key):
         jax.eval_shape(objective, key, PARAMS, X)
 
 
+def kl_terms(theta):
+    """Batch means: three KLs of 0.2, 2 and 0.5 nats, the last at its floor."""
+    return {"fit": -3.0 * theta, "kl_1": -0.2 * theta, "kl_2": -2.0 * theta, "kl_3": -0.5 * theta}
+
+
+FLOORS = {"kl_1": 0.5, "kl_2": 0.5, "kl_3": 0.5}
+
+
+def test_free_bits_hold_a_layer_at_its_floor():
+    """Below it, or at it, the value is the floor and the slope exactly zero; above it both are the term's own."""
+    combine = vd.free_bits(FLOORS)
+    value, slope = jax.value_and_grad(lambda theta: combine(kl_terms(theta)))(jnp.float32(1.0))
+    assert float(value) == pytest.approx(-3.0 - 0.5 - 2.0 - 0.5) and float(slope) == -5.0
+    assert float(vd.free_bits({})(kl_terms(jnp.float32(1.0)))) == pytest.approx(-5.7)
+    assert float(vd.free_bits({"kl_1": 0.0})(kl_terms(jnp.float32(1.0)))) == pytest.approx(-5.7)
+
+
+def test_free_bits_in_a_step():
+    """The step's own gradient by a parameter that only a floored layer has is zero, though single data lie above it."""
+
+    def objective(key, params, x):
+        return {"fit": -params.theta * x, "kl_1": -jnp.exp(params.lam) * x}
+
+    params = vd.Params(theta=jnp.float32(1.0), lam=jnp.float32(-1.0))
+    model = vd.Model(lambda key: params, None, None, None, None)
+    optimizer, batch = optax.sgd(0.1), jnp.array([0.1, 0.2, 3.0])
+    state = vd.init_state(jax.random.key(0), model, optimizer)
+    for floor, moves in ((0.5, False), (0.4, True)):  # the mean KL is e^-1 * 1.1 = .405
+        step = vd.make_train_step(objective, optimizer, combine=vd.free_bits({"kl_1": floor}))
+        after, metrics = jax.jit(step)(state, batch)
+        assert (float(after.params.lam) != -1.0) == moves
+        assert float(metrics["kl_1"]) == pytest.approx(-1.1 * math.exp(-1.0), rel=1e-6)
+        assert float(metrics["objective"]) == pytest.approx(-1.1 - max(floor, 1.1 * math.exp(-1.0)), rel=1e-6)
+
+
+def test_free_bits_refuse():
+    with pytest.raises(ValueError, match="floors: got .*-0.1.*, expected nats of at least 0"):
+        vd.free_bits({"kl_1": -0.1})
+    with pytest.raises(ValueError, match=r"floors: got \['kl'\], expected names among \['fit', 'kl_1'"):
+        vd.free_bits({"kl": 0.1})(kl_terms(jnp.float32(1.0)))
+
+
 @pytest.mark.parametrize("num_repeats", [1, 4, 9])
 def test_repeat_has_the_mean_and_a_share_of_the_variance(num_repeats):
     num_draws = 20_000

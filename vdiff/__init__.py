@@ -76,7 +76,13 @@ from vdiff.models.flow import flow as flow
 from vdiff.models.gmm import GMM as GMM
 from vdiff.models.gmm import collapsed as collapsed
 from vdiff.models.gmm import gmm as gmm
+from vdiff.models.hvae import HVAE as HVAE
+from vdiff.models.hvae import hvae as hvae
 from vdiff.models.kmeans import kmeans_plus_plus as kmeans_plus_plus
+from vdiff.models.ladder import as_seen as as_seen
+from vdiff.models.ladder import ladder as ladder
+from vdiff.models.ladder import precision_weighted as precision_weighted
+from vdiff.models.ladder import relative_to_prior as relative_to_prior
 from vdiff.models.posterior import Posterior as Posterior
 from vdiff.models.posterior import amortized as amortized
 from vdiff.models.posterior import local as local
@@ -91,6 +97,7 @@ from vdiff.models.vqvae import vqvae as vqvae
 from vdiff.objectives import Scheduled as Scheduled
 from vdiff.objectives import bits_per_dim as bits_per_dim
 from vdiff.objectives import by_part as by_part
+from vdiff.objectives import free_bits as free_bits
 from vdiff.objectives import frozen as frozen
 from vdiff.objectives import preprocessed as preprocessed
 from vdiff.objectives import repeat as repeat

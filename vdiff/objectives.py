@@ -64,6 +64,42 @@ def weighted(objective: Objective, weights: Mapping[str, ArrayLike]) -> Objectiv
     return objective_weighted
 
 
+def free_bits(floors: Mapping[str, float]) -> Callable[[Terms], Float[Array, ""]]:
+    """Combine mean terms so that a KL term is not pressed below its floor.
+
+        sum_i t_i,   with min(t_i, -floor_i) for a named term t_i = -KL_i
+
+    It looks at batch means, so `make_train_step(combine=...)` takes it, and it is no objective. Below its floor a term
+    is a constant: its gradient is exactly zero, and the layer may carry so many nats for nothing.
+
+        make_train_step(model.elbo_terms, optimizer, combine=free_bits({"kl_1": 0.5, "kl_2": 0.5}))
+
+    Args:
+        floors: name of a term, a KL divergence with its minus sign -> nats that are free, positive or zero.
+
+    Returns:
+        `(mean Terms over the batch) -> []`, nats; the objective's own estimate once every KL is above its floor.
+
+    Raises:
+        ValueError: if a floor is negative; at trace time, if a name is not among the terms.
+
+    Source: Kingma et al., Improved Variational Inference with Inverse Autoregressive Flow, 2016, C.8.
+    """
+    if any(floor < 0 for floor in floors.values()):
+        raise ValueError(
+            f"floors: got {dict(floors)}, expected nats of at least 0; the sign of the term is known"
+        )
+
+    def combine(terms: Terms) -> Float[Array, ""]:
+        unknown = sorted(set(floors) - set(terms))
+        if unknown:
+            raise ValueError(f"floors: got {unknown}, expected names among {sorted(terms)}")
+        floored = {name: jnp.where(terms[name] < -f, terms[name], -f) for name, f in floors.items()}
+        return sum_terms(terms | floored)
+
+    return combine
+
+
 def repeat(objective: Objective, num_repeats: int) -> Objective:
     """Average independent runs of an objective.
 
