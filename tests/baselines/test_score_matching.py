@@ -247,7 +247,7 @@ def test_what_bends_is_taken(name):
 
 def test_denoising_takes_a_relu_energy():
     objective = denoising_score_matching(lambda p, x: jnp.sum(jax.nn.relu(p @ x)), 0.5)
-    gradient = jax.grad(lambda p: objective(KEY, p, jnp.ones(2))["denoising"])(jnp.ones((3, 2)))
+    gradient = quick_jit(jax.grad(lambda p: objective(KEY, p, jnp.ones(2))["denoising"]))(jnp.ones((3, 2)))
     assert np.all(np.any(gradient != 0, axis=1))
 
 
@@ -260,7 +260,7 @@ def test_the_gap_is_the_jump_of_the_score():
             return jnp.exp(activation(params @ x)) - jnp.sum(x**2)
 
         params = jnp.array([1.2, 0.4])
-        gap = jax.jit(curvature_gap(log_density, 400))(params, x, y)
+        gap = quick_jit(curvature_gap(log_density, 400))(params, x, y)
         # exp(relu(u)) has the slope exp(0) right of its kink and none left of it, along the step.
         assert float(gap) == pytest.approx(jump * float(params @ (y - x)), abs=2e-3)
 

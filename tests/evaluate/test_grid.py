@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.toys import quick_jit
 from vdiff.evaluate.grid import grid_log_normalizer, grid_points
 
 PRECISION = np.array([[2.0, 0.6], [0.6, 0.8]], np.float32)
@@ -16,7 +17,7 @@ def gaussian(precision, x):
 
 def test_a_gaussians_normaliser_and_its_gradient():
     """log Z = 3 + log(2 pi) - log det(P) / 2; its gradient by P is minus half the covariance."""
-    log_z = jax.jit(
+    log_z = quick_jit(
         jax.value_and_grad(grid_log_normalizer(gaussian, (-9.0, -9.0), (9.0, 9.0), 100, batch_size=999))
     )
     value, gradient = log_z(jnp.asarray(PRECISION))
@@ -27,7 +28,9 @@ def test_a_gaussians_normaliser_and_its_gradient():
 
 def test_one_and_three_dimensions():
     for d in (1, 3):
-        log_z = grid_log_normalizer(lambda params, x: -jnp.sum(jnp.abs(x)), [-30.0] * d, [10.0] * d, 80)(())
+        log_z = quick_jit(
+            grid_log_normalizer(lambda params, x: -jnp.sum(jnp.abs(x)), [-30.0] * d, [10.0] * d, 80)
+        )(())
         # exp(-|x|) on (-30, 10), cell by cell: the middle of a cell of width h counts h / 2 / sinh(h / 2) too little.
         h = 0.5
         exact = d * np.log((2 - np.exp(-30.0) - np.exp(-10.0)) * (h / 2) / np.sinh(h / 2))

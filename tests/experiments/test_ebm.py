@@ -39,14 +39,14 @@ def test_objectives(loss, terms, key):
 
 def test_digits_are_centred(key):
     problem = ebm.build(ebm.PRESETS["digits"][1])
-    x = np.asarray(problem.prepare(key, jnp.asarray(problem.train[:50])))
+    x = np.asarray(jax.jit(problem.prepare)(key, jnp.asarray(problem.train[:50])))
     assert -1 <= x.min() < -0.9 and 0.9 < x.max() < 1
     assert np.all(np.floor((x + 1) / 2 * 17) == problem.train[:50])
 
 
 @pytest.mark.slow
 def test_a_small_run(tmp_path):
-    config = dataclasses.replace(ebm.PRESETS["smoke"][1], run_dir=tmp_path / "run")
+    config = dataclasses.replace(ebm.PRESETS["smoke"][1], run_dir=tmp_path / "run", hidden=(16,))
     metrics = ebm.run(config)["metrics"]
     # Not trained to speak of: far from the truth, and better than the box that the rings lie in.
     assert -np.log(7.2**2) < metrics["log_prob"]["value"] < metrics["log_prob_best"]["value"]
