@@ -10,7 +10,7 @@ import pytest
 import vdiff as vd
 from experiments import cases, estimators
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
