@@ -17,6 +17,7 @@ from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, ten
 from vdiff.train.hosts import is_first, on_one_device
 from vdiff.train.loop import default_steps_per_call
 from vdiff.train.profile import traced
+from vdiff.types import PyTree
 
 
 def optimizer_of(config: runs.RunConfig, *, rise_steps: int = 0) -> optax.GradientTransformation:
@@ -46,12 +47,13 @@ def optimizer_of(config: runs.RunConfig, *, rise_steps: int = 0) -> optax.Gradie
 def train(
     config: runs.RunConfig,
     directory: Path,
-    model: vd.ModelLike,
-    objective: vd.Objective | vd.Scheduled,
+    model: vd.types.Startable,
+    objective: Callable[..., PyTree] | vd.Scheduled,
     images: np.ndarray | vd.data.Rows,
     *,
     optimizer: optax.GradientTransformation | None = None,
     batching: Callable[..., Callable] = vd.per_example,
+    aux: PyTree = (),
     hooks: tuple[vd.Hook, ...] = (),
     best: str | None = None,
     unit: str = "nats",
@@ -65,7 +67,8 @@ def train(
         objective: `(key, params, x) -> Terms`, or a scheduled one.
         images: [N, ...], the training data; `Rows` are read from disk batch by batch, shuffled without memory.
         optimizer: `optimizer_of(config)` when left out.
-        batching: lifts the objective to a batch; `vd.stratified` for one that takes a time.
+        batching: lifts the objective to a batch; `vd.stratified` for one that takes a time, `vd.persistent` for chains.
+        aux: what the chains of `vd.persistent` start from, [batch_size, ...].
         hooks: called before the metrics are written; what they return is written too.
         best: name of a metric, larger is better, whose best checkpoint stays.
         unit: of the objective, for the progress bar.
@@ -92,11 +95,12 @@ def train(
         batches = runs.as_refused()(
             vd.data.batches(images, config.batch_size, config.seed, permutation=shuffle, share=share)
         )
-        state = vd.init_state(jax.random.key(config.seed), model, optimizer)
+        state = vd.init_state(jax.random.key(config.seed), model, optimizer, aux=aux)
         at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
         one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
         position = jax.ShapeDtypeStruct((1,), np.int32)
-        jax.eval_shape(batching(at_start), state.key, state.params, one, position, state.aux)
+        slot = jax.tree.map(lambda leaf: leaf[:1], state.aux)
+        jax.eval_shape(batching(at_start), state.key, state.params, one, position, slot)
         if vd.latest_step(checkpoints) is not None:
             state = vd.restore(checkpoints, state, on_skip=runs.tell)
         elif config.resume == "must":

@@ -21,6 +21,7 @@ import pytest
 import vdiff as vd
 from tests import toys
 from tests.states import distance, numbers, small_vae
+from vdiff import baselines
 
 # One worker runs them all: the comparisons are made once.
 pytestmark = pytest.mark.xdist_group("devices")
@@ -265,6 +266,31 @@ def compare_stratified():
     }
 
 
+def compare_chains():
+    """Persistent CD: five steps whose chains belong to positions, in each mode and in parts, from one start."""
+    model = baselines.rbm((3, 2), 5, init_scale=1.0)
+    objective = baselines.persistent_contrastive_divergence(model, 2)
+    data = np.random.default_rng(0).integers(0, 2, (6, BATCH_SIZE, 3, 2)).astype(np.uint8)
+    optimizer = optax.sgd(0.1)
+    settings = {"batching": vd.persistent}
+    steps = compiled_steps(vd.Model(model.init, *[None] * 4, objective), optimizer, **settings)
+    in_parts = vd.make_train_step(objective, optimizer, num_accumulate=4, **settings)
+    steps |= {"fsdp, 4 parts": vd.fsdp_step(in_parts, vd.data_mesh(), min_size=1)}
+    ends = {}
+    for mode, step in steps.items():
+        state = vd.init_state(jax.random.key(0), model, optimizer, aux=data[5])
+        for x in data[:5]:
+            state, _ = step(state, x)
+        ends[mode] = state
+    one = np.asarray(ends["one"].aux)
+    return {
+        "distance": {mode: distance(numbers(end), numbers(ends["one"])) for mode, end in ends.items()},
+        "same": {mode: bool(np.array_equal(end.aux, one)) for mode, end in ends.items()},
+        "moved": float(np.mean(one != data[5])),
+        "different": len(np.unique(one.reshape(BATCH_SIZE, -1), axis=0)),
+    }
+
+
 def compare_skips():
     """A NaN in one datum, and so on one device, at step 3 of 5; against the run in which that step was left out."""
 
@@ -326,6 +352,7 @@ def main():
             result["num_leaves"] = len(jax.tree.leaves(start().params))
     result["estimators"] = compare_estimators()
     result["stratified"] = compare_stratified()
+    result["chains"] = compare_chains()
     print(json.dumps(result))
 
 
@@ -440,6 +467,15 @@ def test_times_of_a_diffusion_model_belong_to_positions(result):
     found = result["stratified"]
     assert found["jit"] < 2e-6 and found["pmap"] < 2e-6
     assert found["of_data_at_other_positions"] > 1e-4
+
+
+def test_chains_belong_to_positions(result):
+    """Bit for bit the same on one device and on eight, by jit, pmap and fsdp in parts; each moved on its own."""
+    found = result["chains"]
+    assert found["same"] == dict.fromkeys(("one", "jit", "pmap", "fsdp, 4 parts"), True)
+    for mode, gap in found["distance"].items():
+        assert gap < LARGEST_DISTANCE, mode
+    assert found["moved"] > 0.2 and found["different"] > 15
 
 
 def test_every_estimator_moves_every_leaf_that_it_should(result):

@@ -104,6 +104,9 @@ from vdiff.objectives import repeat as repeat
 from vdiff.objectives import scheduled as scheduled
 from vdiff.objectives import total as total
 from vdiff.objectives import weighted as weighted
+from vdiff.train.batching import per_example as per_example
+from vdiff.train.batching import persistent as persistent
+from vdiff.train.batching import stratified as stratified
 from vdiff.train.checkpoint import checkpoint_every as checkpoint_every
 from vdiff.train.checkpoint import save as save
 from vdiff.train.hosts import on_one_device as on_one_device
@@ -122,8 +125,6 @@ from vdiff.train.restore import saved_steps as saved_steps
 from vdiff.train.step import TrainState as TrainState
 from vdiff.train.step import init_state as init_state
 from vdiff.train.step import make_train_step as make_train_step
-from vdiff.train.step import per_example as per_example
-from vdiff.train.step import stratified as stratified
 from vdiff.types import Distribution as Distribution
 from vdiff.types import Likelihood as Likelihood
 from vdiff.types import LogProb as LogProb

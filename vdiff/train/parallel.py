@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vdiff.train.accumulation import Gradient
+from vdiff.train.batching import check_slots
 from vdiff.train.sharding import (
     AXIS,
     MIN_SIZE,
@@ -165,6 +166,8 @@ def pmap_step(step: TrainStep, axis_name: str = AXIS) -> CompiledStep:
 
     def share(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         i, size = jax.lax.axis_index(axis_name), jax.tree.leaves(batch)[0].shape[0]
+        # A slice that reaches over the end is moved back in silence.
+        check_slots(state.aux, len(devices) * size)
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i * size, size), state.aux)
         state, metrics = mapped(state._replace(aux=own), batch)
         return state._replace(aux=jax.lax.all_gather(state.aux, axis_name, tiled=True)), metrics

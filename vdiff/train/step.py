@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from vdiff.objectives import Scheduled, sum_terms
 from vdiff.train.accumulation import Gradient, batch_gradient
+from vdiff.train.batching import check_slots, per_example
 from vdiff.train.guard import NOTHING_SKIPPED, Guard, Guarding, Metrics, skip_nonfinite
 from vdiff.types import Key, Objective, Params, PyTree, Startable, Terms, check_key
 
@@ -70,13 +71,17 @@ class TrainStep:
         return self.update(state, found._replace(grads=_mean_over_devices(found.grads, self.axis_name)))
 
 
-def init_state(key: Key, model: Startable, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    key: Key, model: Startable, optimizer: optax.GradientTransformation, *, aux: PyTree = ()
+) -> TrainState:
     """Start a run.
 
     Args:
         key: a typed key; the run's parameters and all its noise follow from it.
         model: anything with `init: (key) -> Params`.
         optimizer: the Optax transformation that the step will use.
+        aux: what `batching=persistent` hands from step to step, one slot per position in the global batch, [B, ...];
+            copied.
 
     Returns:
         A `TrainState` at step 0, with ema a copy of params.
@@ -90,61 +95,8 @@ def init_state(key: Key, model: Startable, optimizer: optax.GradientTransformati
     # A copy, since a donated state must not hold one buffer twice.
     ema = jax.tree.map(jnp.copy, params)
     guard = jax.tree.map(jnp.asarray, NOTHING_SKIPPED)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), key_run, guard=guard)
-
-
-def per_example(objective: Objective) -> Callable[..., tuple[Terms, PyTree]]:
-    """Lift an objective of one datum to a batch, giving each datum its own key and nothing else.
-
-    Args:
-        objective: `(key, params, x) -> Terms`.
-
-    Returns:
-        `(key, params, batch [B, ...], positions [B], aux) -> (terms, each [B]; aux)`.
-    """
-
-    def lifted(
-        key: Key, params: Params, batch: PyTree, positions: Int[Array, " B"], aux: PyTree
-    ) -> tuple[dict[str, Float[Array, " B"]], PyTree]:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
-        return jax.vmap(objective, in_axes=(0, None, 0))(keys, params, batch), aux
-
-    return lifted
-
-
-def stratified(
-    objective: Callable[[Key, Params, PyTree, Array], Terms],
-) -> Callable[..., tuple[Terms, PyTree]]:
-    """Lift an objective that samples a time, giving each datum its coordinate of a low-discrepancy lattice.
-
-        u_i = frac(u_0 + i phi),   phi = 2654435769 / 2^32, the golden ratio's fraction
-
-    u_0 is uniform and new at every step, so each u_i is uniform and the estimate as unbiased as with independent draws;
-    but any run of data covers [0, 1) evenly. i is the position in the GLOBAL batch, in whole numbers modulo 2^32: the
-    same on any number of devices, and exact however large i.
-
-    Args:
-        objective: `(key, params, x, u []) -> Terms`, u in [0, 1), e.g. a diffusion's `elbo_terms_at`.
-
-    Returns:
-        What `make_train_step(batching=stratified)` takes.
-
-    Source: Kingma et al., Variational Diffusion Models, 2021, appendix I.1; Roberts, The Unreasonable Effectiveness of
-    Quasirandom Sequences, 2018 (the lattice).
-    """
-
-    def lifted(
-        key: Key, params: Params, batch: PyTree, positions: Int[Array, " B"], aux: PyTree
-    ) -> tuple[dict[str, Float[Array, " B"]], PyTree]:
-        key_data, key_time = jax.random.split(key)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key_data, positions)
-        start = jax.random.bits(key_time, (), jnp.uint32)
-        lattice = start + positions.astype(jnp.uint32) * jnp.uint32(2654435769)
-        # The upper 24 bits are all that float32 holds; so u stays below one.
-        u = (lattice >> 8).astype(jnp.float32) * (1.0 / (1 << 24))
-        return jax.vmap(objective, in_axes=(0, None, 0, 0))(keys, params, batch, u), aux
-
-    return lifted
+    opt_state, aux = optimizer.init(params), jax.tree.map(jnp.array, aux)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, key_run, aux, guard)
 
 
 def make_train_step(
@@ -165,7 +117,8 @@ def make_train_step(
     Args:
         objective: `(key, params, x) -> Terms` of one datum, larger is better, or `scheduled(...)`.
         optimizer: an Optax transformation.
-        batching: lifts the objective to a batch: `per_example`, or `stratified` for one that takes a time.
+        batching: lifts the objective to a batch: `per_example`, `stratified` for one that takes a time, or `persistent`
+            for one that hands something on to the next step.
         combine: `(mean Terms over the batch) -> []`, what is raised; a nonlinear one gives, e.g., free bits.
         ema_decay: decay of the moving average, in [0, 1).
         axis_name: the mapped axis under `pmap_step`; None under `jit_step`.
@@ -180,7 +133,7 @@ def make_train_step(
 
     Raises:
         ValueError: if `ema_decay` is outside [0, 1), or `num_accumulate` below 1; at trace time, if the batch's leaves
-            differ in length or cannot be cut into parts.
+            differ in length or cannot be cut into parts, or aux has not as many slots as the batch has data.
     """
     if not 0.0 <= ema_decay < 1.0:
         raise ValueError(f"ema_decay: got {ema_decay}, expected a number in [0, 1)")
@@ -193,6 +146,7 @@ def make_train_step(
     def gradient(state: TrainState, batch: PyTree, axis_name: str | None) -> Gradient:
         size = _batch_size(batch)
         check_divides(size, num_parts=num_accumulate)
+        check_slots(state.aux, size)
         positions = jnp.arange(size)
         if axis_name is not None:
             positions = positions + jax.lax.axis_index(axis_name) * size
