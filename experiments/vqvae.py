@@ -1,0 +1,236 @@
+"""Train an autoencoder of discrete codes, with a MADE as the codes' prior, on binarised images and judge it in nats.
+
+python -m experiments.vqvae digits
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+
+import vdiff as vd
+from experiments import exporting, pixels, runs, training
+from vdiff import baselines, data, evaluate, likelihoods, nets, report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.RunConfig):
+    """Train an autoencoder of discrete codes, with a MADE as the codes' prior, on binarised images and judge it."""
+
+    estimator: Literal["straight_through", "relaxed", "vimco", "rloo"] = "straight_through"
+    """How lambda gets its gradient: by soft draws, or by scores (which need several samples)."""
+    num_latents: int = 8
+    """Codes per image."""
+    num_codes: int = 16
+    """Entries of the codebook."""
+    code_dim: int = 8
+    """Length of an entry."""
+    hidden: tuple[int, ...] = (256,)
+    """Widths of the encoder's hidden layers; the decoder has them in reverse."""
+    prior_hidden: tuple[int, ...] = (128,)
+    """Widths of the prior's hidden layers."""
+    temperature: float = 0.5
+    """Of the soft draws of straight_through and relaxed."""
+    num_samples: int = 1
+    """Draws of z per datum in the bound: the ELBO, of vimco IWAE."""
+    eval_samples: int = 1000
+    """Importance samples per test image."""
+    eval_images: int = 10_000
+    """How many test images are judged, from the first."""
+
+
+PRESETS = {
+    "smoke": (
+        "seconds: a small network, a few steps, to see that everything works",
+        Config(
+            **{"hidden": (32,), "prior_hidden": (16,), "num_latents": 4, "num_codes": 4},
+            num_steps=100,
+            eval_samples=50,
+            eval_images=100,
+            checkpoint_every=100,
+        ),
+    ),
+    "digits": (
+        "a minute: the embedded 8x8 digits, binarised anew at every step, eight codes of sixteen",
+        Config(num_steps=3000),
+    ),
+    "mnist": (
+        "half an hour on two cores: binarised MNIST, 32 codes of 64",
+        Config(
+            data="mnist",
+            num_latents=32,
+            num_codes=64,
+            code_dim=16,
+            hidden=(512, 512),
+            prior_hidden=(512,),
+            num_steps=20_000,
+            log_every=100,
+            checkpoint_every=4000,
+        ),
+    ),
+}
+
+
+class Problem(NamedTuple):
+    """Hold a model and its data, as `build` makes them.
+
+    Attributes:
+        model: the autoencoder, of binary images.
+        objective: what is raised, of one binary image.
+        dataset: the images, as integer levels.
+        transform: `(key, levels) -> x`, the binarisation.
+    """
+
+    model: vd.VQVAE
+    objective: vd.Objective
+    dataset: data.Dataset
+    transform: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def build(config: Config) -> Problem:
+    """Build the model and the objective that a config describes, and load its data.
+
+    Raises:
+        ValueError: if the data set is unknown, or the estimator needs more draws.
+    """
+    dataset = data.load(config.data)
+    shape, codes = dataset.train.shape[1:], (config.num_latents, config.num_codes)
+    likelihood, out_bias = pixels.LIKELIHOODS["bernoulli"](pixels.looked_at(dataset.train), dataset.levels)
+    entries = (config.num_latents, config.code_dim)
+    sizes = {name: getattr(config, name) for name in ("num_latents", "num_codes", "code_dim")}
+    prior = baselines.made(
+        nets.masked_mlp(codes, codes, num_variables=config.num_latents, hidden=config.prior_hidden),
+        codes,
+        likelihood=likelihoods.one_hot(config.num_codes),
+        orders=baselines.shuffled_orders(config.num_latents, 1),
+    )
+    model = vd.vqvae(
+        nets.mlp(shape, entries, hidden=config.hidden),
+        nets.mlp(entries, likelihood.out_shape(shape), hidden=config.hidden[::-1], out_bias=out_bias),
+        **sizes,
+        likelihood=likelihood,
+        prior=prior,
+    )
+    k, soft = config.num_samples, (model.logits, config.temperature, vd.elbo, config.num_samples)
+    objective = {
+        "straight_through": lambda: vd.straight_through(model, *soft, relaxation=vd.relaxations.one_hot),
+        "relaxed": lambda: vd.relaxed(model, *soft, relaxation=vd.relaxations.one_hot),
+        "vimco": lambda: vd.score_function(model, vd.iwae, k),
+        "rloo": lambda: vd.score_function(model, vd.elbo, k),
+    }[config.estimator]()
+    return Problem(model, objective, dataset, vd.transforms.binarize(dataset.levels))
+
+
+def run(config: Config) -> dict:
+    """Train, judge and picture a model; returns the content of `result.json`."""
+    with runs.refusing():
+        runs.check_settings(config)
+        problem = build(config)
+        directory = runs.open_run(config)
+    # Five keys, as a VAE's run has, so that the test images are binarised to the same bits.
+    _, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    model = problem.model
+    test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
+    one_draw = vd.likelihood_gradient(model, 1)
+    state = training.train(
+        config,
+        directory,
+        model,
+        vd.preprocessed(problem.objective, problem.transform),
+        problem.dataset.train,
+        hooks=(training.held_out(one_draw, key_watch, test[:500], every=10 * config.log_every),),
+        best="test_elbo",
+    )
+
+    began = time.perf_counter()
+    judged = training.judge(model, config.eval_samples, key_judge, state.ema, test)
+    elbo = evaluate.evaluate(vd.total(one_draw), key_judge, state.ema, test)
+    codes = evaluate.evaluate(lambda key, params, x: model.encode(params, x), key_judge, state.ema, test)
+    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
+    nats = evaluate.summarize(judged.value)
+    share = np.bincount(codes.ravel(), minlength=config.num_codes) / codes.size
+    perplexity = float(np.exp(-np.sum(share[share > 0] * np.log(share[share > 0]))))
+    metrics = {
+        "log_prob": runs.metric(nats, f"importance, K = {config.eval_samples:,}"),
+        "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
+        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
+        "code_perplexity": {"value": perplexity, "unit": f"of {config.num_codes} codes"},
+        "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
+    }
+    result = runs.write_result(directory, metrics, state.ema, seconds)
+    page = show(config, problem, directory, state.ema, test, key_show, result)
+    runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
+    exporting.export_functions(
+        config,
+        directory,
+        state,
+        x=test[0],
+        z=jax.eval_shape(model.sample, state.key, state.ema)[1],
+        elbo_estimate=model.elbo_estimate,
+        log_prob=exporting.by_importance(model, config.eval_samples),
+        sample=model.sample,
+        encode=model.encode,
+        decode=model.decode,
+    )
+    runs.console.print(f"report   {page}")
+    return result
+
+
+def show(
+    config: Config,
+    problem: Problem,
+    directory: Path,
+    params: vd.Params,
+    test: np.ndarray,
+    key: jax.Array,
+    result: dict,
+) -> Path:
+    """Draw the run's pictures and its page."""
+    model, keys = problem.model, jax.random.split(key, 100)
+    decode = jax.vmap(model.decode, in_axes=(None, 0))
+    imagined = jax.jit(lambda: decode(params, jax.vmap(model.sample, in_axes=(0, None))(keys, params)[1]))()
+    drawn = jax.jit(jax.vmap(model.sample_q, in_axes=(0, None, 0)))(keys[:20], params, test[:20])
+    report.image_grid(imagined, directory / "samples.png", columns=20)
+    report.reconstruction_grid(test[:20], jax.jit(decode)(params, drawn), directory / "reconstructions.png")
+    rows = report.load_metrics(directory / "metrics.jsonl")
+    name = "iwae" if "iwae" in rows[-1] else "elbo"
+    report.training_curves(rows, directory / "curves.png", bound=name)
+    metrics = result["metrics"]
+    nats = metrics["log_prob"]
+    draws = f"importance sampling, {config.eval_samples:,} draws, {nats['num_data']:,} test images"
+    return report.write_page(
+        directory,
+        title=f"Discrete codes on {problem.dataset.name}, by {config.estimator}",
+        lead="An image is a few entries of a codebook, whose law a MADE learns; judged by log p(x).",
+        headline=[
+            report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", draws),
+            report.Tile(
+                "ELBO", metrics["elbo"]["value"], metrics["elbo"]["std_error"], "nats per datum", "one draw"
+            ),
+            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
+            report.Tile(
+                "codes in use",
+                metrics["code_perplexity"]["value"],
+                None,
+                f"of {config.num_codes}",
+                "perplexity",
+            ),
+        ],
+        figures=[
+            report.FigureEntry(
+                "samples.png", "What the model imagines: E[x | z] for codes drawn from the prior."
+            ),
+            report.FigureEntry("reconstructions.png", "Test images above, E[x | z] at a draw of q below."),
+            report.FigureEntry("curves.png", "The objective over training, in nats per datum."),
+        ],
+        config=dataclasses.asdict(config) | {"run_dir": str(config.run_dir)},
+        result=result,
+    )
+
+
+if __name__ == "__main__":
+    runs.main(run, PRESETS)

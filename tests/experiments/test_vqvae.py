@@ -1,0 +1,51 @@
+"""The experiment of discrete codes: it trains on real digits under each estimator and is judged in nats."""
+
+import json
+import math
+
+import jax
+import pytest
+
+from experiments import runs, vqvae
+
+
+def config_of(directory, **changes):
+    settings = {"hidden": (16,), "prior_hidden": (8,), "num_latents": 3, "num_codes": 4, "code_dim": 2}
+    settings |= {"num_steps": 60, "eval_samples": 50, "eval_images": 50, "learning_rate": 1e-2}
+    settings |= {"run_dir": directory, "log_every": 20, "checkpoint_every": 60}
+    return vqvae.Config(**(settings | changes))
+
+
+@pytest.mark.slow
+def test_codes_train_and_are_judged(tmp_path):
+    """Better than fair coins by many standard errors, and above the ELBO."""
+    result = vqvae.run(config_of(tmp_path / "run"))
+    metrics = result["metrics"]
+    assert metrics["log_prob"]["num_data"] == 50
+    assert -64 * math.log(2) + 5 < metrics["log_prob"]["value"] < -10
+    assert metrics["log_prob"]["value"] > metrics["elbo"]["value"] - 3 * metrics["elbo"]["std_error"]
+    assert 1.0 <= metrics["code_perplexity"]["value"] <= 4.0
+    assert json.loads((tmp_path / "run/result.json").read_text()) == json.loads(json.dumps(result))
+    assert (tmp_path / "run/report.html").read_text().count("data:image/png;base64,") == 3
+
+
+@pytest.mark.parametrize("estimator", ["straight_through", "relaxed", "vimco", "rloo"])
+def test_every_estimator_is_built(estimator):
+    """Traced only: one term, a bound, of one image."""
+    problem = vqvae.build(config_of(None, estimator=estimator, num_samples=2))
+    params = jax.eval_shape(problem.model.init, jax.random.key(0))
+    x = jax.eval_shape(problem.transform, jax.random.key(0), problem.dataset.train[0])
+    terms = jax.eval_shape(problem.objective, jax.random.key(0), params, x)
+    assert {name: term.shape for name, term in terms.items()} == {
+        "iwae" if estimator == "vimco" else "elbo": ()
+    }
+
+
+def test_one_draw_has_no_leave_one_out(tmp_path, capsys):
+    assert runs.exit_code(vqvae.run, config_of(tmp_path / "run", estimator="rloo")) == 2
+    assert "num_samples" in capsys.readouterr().err
+
+
+def test_the_presets_are_legal():
+    for _, config in vqvae.PRESETS.values():
+        runs.check_settings(config)
