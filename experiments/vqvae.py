@@ -55,11 +55,11 @@ PRESETS = {
         ),
     ),
     "digits": (
-        "a minute: the embedded 8x8 digits, binarised anew at every step, eight codes of sixteen",
+        "minutes: the embedded 8x8 digits, binarised anew at every step, eight codes of sixteen",
         Config(num_steps=3000),
     ),
     "mnist": (
-        "half an hour on two cores: binarised MNIST, 32 codes of 64",
+        "43 passes over binarised MNIST: 32 codes of 64",
         Config(
             data="mnist",
             num_latents=32,

@@ -100,6 +100,7 @@ def test_draws_have_their_masses(case):
     assert abs(statistic - mean) / np.sqrt(variance) < 5
 
 
+@pytest.mark.parametrize("case", ["codes"], indirect=True)
 def test_is_a_density(case):
     """Its log-joint and its terms are log p(x), with the gradient of the mixture, and q is of nothing."""
     model, params, support, under, mixture = case

@@ -1,7 +1,4 @@
-"""The experiment of discrete codes: it trains on real digits under each estimator and is judged in nats."""
-
-import json
-import math
+"""The experiment of discrete codes: its model and its objectives are built for real digits."""
 
 import jax
 import pytest
@@ -14,19 +11,6 @@ def config_of(directory, **changes):
     settings |= {"num_steps": 60, "eval_samples": 50, "eval_images": 50, "learning_rate": 1e-2}
     settings |= {"run_dir": directory, "log_every": 20, "checkpoint_every": 60}
     return vqvae.Config(**(settings | changes))
-
-
-@pytest.mark.slow
-def test_codes_train_and_are_judged(tmp_path):
-    """Better than fair coins by many standard errors, and above the ELBO."""
-    result = vqvae.run(config_of(tmp_path / "run"))
-    metrics = result["metrics"]
-    assert metrics["log_prob"]["num_data"] == 50
-    assert -64 * math.log(2) + 5 < metrics["log_prob"]["value"] < -10
-    assert metrics["log_prob"]["value"] > metrics["elbo"]["value"] - 3 * metrics["elbo"]["std_error"]
-    assert 1.0 <= metrics["code_perplexity"]["value"] <= 4.0
-    assert json.loads((tmp_path / "run/result.json").read_text()) == json.loads(json.dumps(result))
-    assert (tmp_path / "run/report.html").read_text().count("data:image/png;base64,") == 3
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "relaxed", "vimco", "rloo"])

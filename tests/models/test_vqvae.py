@@ -103,25 +103,24 @@ def test_draws_have_the_enumerated_frequencies(built):
 
 
 @pytest.mark.slow
-def test_relaxed_estimators_have_the_value_and_gradients_of_the_model(built):
+def test_straight_through_has_the_value_and_gradients_of_the_model(built):
     """Value: the ELBO. Theta's decoder and phi, which q does not read: unbiased. Lambda and codebook move."""
     model, params, _, log_joint, log_q = built
     exact_value, exact = toys.quick_jit(
         jax.value_and_grad(vd.total(vd.enumerated(model, jnp.asarray(Z))), argnums=1)
     )(jax.random.key(0), params, jnp.asarray(X[6]))
     keys = jax.random.split(jax.random.key(1), 4_000)
-    for estimator in (vd.straight_through, vd.relaxed):
-        objective = estimator(model, model.logits, 0.7, relaxation=vd.relaxations.one_hot)
-        draw = jax.vmap(jax.value_and_grad(vd.total(objective), argnums=1), in_axes=(0, None, None))
-        values, gradients = toys.quick_jit(draw)(keys, params, jnp.asarray(X[6]))
-        assert toys.z_scores(np.asarray(values, np.float64)[:, None], float(exact_value)) < 5.0
-        for of in (lambda g: g.theta["decoder"], lambda g: g.phi):
-            for got, expected in zip(jax.tree.leaves(of(gradients)), jax.tree.leaves(of(exact)), strict=True):
-                got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-                error = np.std(got, axis=0) / np.sqrt(len(got))
-                assert np.all(np.abs(got.mean(0) - expected) < 5 * error + 1e-6)
-        for leaf in jax.tree.leaves((gradients.lam, gradients.theta["codebook"])):
-            assert np.all(np.isfinite(leaf)) and np.any(leaf != 0)
+    objective = vd.straight_through(model, model.logits, 0.7, relaxation=vd.relaxations.one_hot)
+    draw = jax.vmap(jax.value_and_grad(vd.total(objective), argnums=1), in_axes=(0, None, None))
+    values, gradients = toys.quick_jit(draw)(keys, params, jnp.asarray(X[6]))
+    assert toys.z_scores(np.asarray(values, np.float64)[:, None], float(exact_value)) < 5.0
+    for of in (lambda g: g.theta["decoder"], lambda g: g.phi):
+        for got, expected in zip(jax.tree.leaves(of(gradients)), jax.tree.leaves(of(exact)), strict=True):
+            got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+            error = np.std(got, axis=0) / np.sqrt(len(got))
+            assert np.all(np.abs(got.mean(0) - expected) < 5 * error + 1e-6)
+    for leaf in jax.tree.leaves((gradients.lam, gradients.theta["codebook"])):
+        assert np.all(np.isfinite(leaf)) and np.any(leaf != 0)
 
 
 def test_refusals(built):
