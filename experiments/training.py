@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vdiff as vd
 from experiments import hosts, performance, runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
-from vdiff.train.hosts import is_first, on_one_device
+from vdiff.train.hosts import is_first, largest, on_one_device
 from vdiff.train.loop import default_steps_per_call
 from vdiff.train.profile import traced
 from vdiff.types import PyTree
@@ -113,18 +113,25 @@ def train(
     start = int(state.step)
     if start:
         runs.console.print(f"resuming at step {start} of {config.num_steps}")
-    number = None
+    number = 0
     if start < config.num_steps:
-        with vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving:
-            watch = stop_if_skipping(
-                config.max_skips,
-                every=math.gcd(config.log_every, config.checkpoint_every),
-                save=saving.call,
-            )
-            state, number = _fitted(config, directory, state, step, batches, (watch, *hooks), saving, unit)
+        # Signals are minded until the last checkpoint is written: leaving the inner context waits for it.
+        with vd.stop_on_signals() as stop:
+            with vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving:
+                watch = stop_if_skipping(
+                    config.max_skips,
+                    every=math.gcd(config.log_every, config.checkpoint_every),
+                    save=saving.call,
+                )
+                hooks = (watch, *hooks)
+                state, *cost = _fitted(config, directory, state, step, batches, hooks, saving, stop, unit)
+            costs = performance.figures(*cost, config.batch_size, config.log_every)
+        if is_first():
+            runs.write_json(directory / "performance.json", costs)
+        number = largest(stop.received or 0)
     state = on_one_device(state)
     hosts.part()
-    if number is not None and int(state.step) < config.num_steps:
+    if number:
         raise runs.Stopped(number)
     if not is_first():
         raise runs.Finished
@@ -139,16 +146,16 @@ def _fitted(
     batches: Callable[[int], np.ndarray],
     hooks: tuple[vd.Hook, ...],
     saving: vd.Hook,
+    stop: Callable[[], bool],
     unit: str,
-) -> tuple[vd.TrainState, int | None]:
-    """Train to the end, or to a signal, whose number comes second; the first process tells how it goes."""
+) -> tuple[vd.TrainState, performance.Compiled, list[float]]:
+    """Train to the end, or until `stop` says so; what compiling told and the seconds per step come along."""
     tracing = config.profile and is_first()
     with (
         traced(step, directory / "profile", config.profile)
         if tracing
         else contextlib.nullcontext(step) as step,
         naming_nans() if config.debug_nans else contextlib.nullcontext(),
-        vd.stop_on_signals() as stop,
         (reporting if is_first() else silence)(config, directory, int(state.step), unit) as reports,
     ):
         steps_per_call = 1 if config.debug_nans else default_steps_per_call()
@@ -164,12 +171,9 @@ def _fitted(
             steps_per_call=steps_per_call,
             should_stop=stop,
         )
-    costs = performance.figures(compiled, seconds, config.batch_size, config.log_every)
-    if is_first():
-        runs.write_json(directory / "performance.json", costs)
     if tracing:
         runs.console.print(f"trace     {directory / 'profile'}, for ui.perfetto.dev or TensorBoard")
-    return state, stop.number
+    return state, compiled, seconds
 
 
 @contextlib.contextmanager

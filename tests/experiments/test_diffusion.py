@@ -72,7 +72,7 @@ def test_every_setting_trains_and_is_judged_over_the_path(changes, tmp_path):
 class StopAfter:
     """Ask a run to stop when it has been asked so many times."""
 
-    number = 15
+    received = 15
 
     def __init__(self, steps):
         self.left = steps

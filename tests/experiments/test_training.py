@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 import vdiff as vd
 from experiments import runs, training
+from vdiff.train import checkpoint
 
 MODEL = vd.Model(lambda key: vd.Params(theta={"loc": jnp.zeros(3)}), *[None] * 4)
 IMAGES = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
@@ -84,6 +87,27 @@ def test_a_few_skips_are_told_and_the_run_goes_on(tmp_path, capsys):
     assert code == 0 and int(state.step) == 12 and int(state.guard.num_skipped) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "step 6: update skipped, fit nan" in out and "(0 in a row, 1 in all)" in out
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_when_it_is(tmp_path, monkeypatch, capsys):
+    """It comes when training has made its last step, and what was minded before training does not hear of it."""
+    outside, extend_manifest = [], checkpoint.extend_manifest
+
+    def signalled(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        extend_manifest(folder)
+
+    config = config_of(tmp_path / "run", checkpoint_every=12)
+    previous = signal.signal(signal.SIGTERM, lambda *_: outside.append(1))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "extend_manifest", signalled)
+            assert begin(config, fit_term)[0] == 143
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert not outside and "stopped by signal 15" in capsys.readouterr().err
+    assert int(restored(config).step) == 12
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["12"]
 
 
 def test_debug_nans_names_the_operation_and_its_line(tmp_path, capsys):
