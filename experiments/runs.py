@@ -238,8 +238,8 @@ def open_run(config: RunConfig) -> Path:
         config: the settings; `run_dir` must be given.
 
     Returns:
-        The run directory. Its `config.json` holds these settings, or with `override` will, once the state was found
-        to fit them.
+        The run directory. Its `config.json` holds these settings, or will, once `train` has found that everything fits
+        them: what is refused before leaves an empty directory or the run as it was.
 
     Raises:
         ValueError: if the directory holds another run or other files, or `resume` forbids what it holds.
@@ -257,7 +257,6 @@ def open_run(config: RunConfig) -> Path:
         if config.resume == "must":
             raise ValueError(f"resume: got must, but {directory} holds no run; start it with --resume auto")
         directory.mkdir(parents=True, exist_ok=True)
-        settings.record(config, directory)
         return directory
     if config.resume == "never":
         raise ValueError(f"resume: got never, but {directory} holds a run; choose another --run-dir")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import diffusion, exporting, gmm, runs, sbn, vae
+from experiments import diffusion, exporting, gmm, runs, sbn, settings, vae
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(tmp_path, capsys):
 def test_a_run_with_and_without_export_is_the_same_run(tmp_path):
     config = dataclasses.replace(gmm.PRESETS["smoke"][1], run_dir=tmp_path / "run", export=False)
     runs.check_settings(config)
-    runs.open_run(config)
+    settings.record(config, runs.open_run(config))
     assert runs.open_run(dataclasses.replace(config, export=True)) == tmp_path / "run"
     exporting.export_functions(config, tmp_path, None, x=None)
     assert not (tmp_path / "exported").exists()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import gmm, runs, vae
+from experiments import gmm, runs, settings, vae
 from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +26,9 @@ class Config(runs.RunConfig):
 
 
 def tiny(directory, **changes):
-    settings = {"hidden": (8,), "latent_dim": 2, "num_steps": 4, "eval_samples": 3, "eval_images": 20}
-    settings |= {"run_dir": directory, "log_every": 2, "checkpoint_every": 2, "likelihood": "logistic"}
-    return vae.Config(**(settings | changes))
+    of_it = {"hidden": (8,), "latent_dim": 2, "num_steps": 4, "eval_samples": 3, "eval_images": 20}
+    of_it |= {"run_dir": directory, "log_every": 2, "checkpoint_every": 2, "likelihood": "logistic"}
+    return vae.Config(**(of_it | changes))
 
 
 def files(directory):
@@ -44,15 +44,24 @@ def refused(config, capsys, experiment=vae.run):
     return lines[0]
 
 
-def test_open_run_writes_the_settings_and_finds_them_again(tmp_path):
+def begin(config):
+    """Do what a run does first."""
+    settings.record(config, runs.open_run(config))
+
+
+def test_open_run_finds_a_run_again(tmp_path):
+    """And makes one no sooner than its settings are recorded: an empty directory is nobody's."""
     config = Config(run_dir=tmp_path / "run")
-    assert runs.open_run(config) == tmp_path / "run"
+    for width in (4, 3):
+        assert runs.open_run(dataclasses.replace(config, width=width)) == tmp_path / "run"
+        assert files(tmp_path) == {}
+    begin(config)
     assert json.loads((tmp_path / "run/config.json").read_text())["width"] == 3
     assert runs.open_run(config) == tmp_path / "run"
 
 
 def test_open_run_refuses_another_run_and_names_what_differs(tmp_path):
-    runs.open_run(Config(run_dir=tmp_path / "run"))
+    begin(Config(run_dir=tmp_path / "run"))
     before = files(tmp_path)
     runs.open_run(Config(run_dir=tmp_path / "run", width=4, override=True))
     with pytest.raises(ValueError, match=r"holds another run \(width 3 -> 4\).*--override"):
@@ -62,13 +71,13 @@ def test_open_run_refuses_another_run_and_names_what_differs(tmp_path):
 
 def test_a_closer_look_is_the_same_run_and_another_clip_is_not(tmp_path):
     """Also where the run began before it could be set."""
-    runs.open_run(Config(run_dir=tmp_path / "run"))
+    begin(Config(run_dir=tmp_path / "run"))
     runs.open_run(Config(run_dir=tmp_path / "run", debug_nans=True, max_skips=3))
     record = tmp_path / "run/config.json"
-    settings = json.loads(record.read_text())
-    assert settings.pop("clip") == 200.0 and "max_skips" not in settings
-    for saved in (settings, settings | {"clip": 200.0}):
-        record.write_text(json.dumps(saved))
+    saved = json.loads(record.read_text())
+    assert saved.pop("clip") == 200.0 and "max_skips" not in saved
+    for content in (saved, saved | {"clip": 200.0}):
+        record.write_text(json.dumps(content))
         runs.open_run(Config(run_dir=tmp_path / "run"))
         with pytest.raises(ValueError, match=r"another run \(clip 200.0 -> 1.0\)"):
             runs.open_run(Config(run_dir=tmp_path / "run", clip=1.0))
@@ -84,14 +93,14 @@ def test_open_run_refuses_a_folder_of_other_files(tmp_path):
 def test_open_run_obeys_resume(tmp_path):
     with pytest.raises(ValueError, match="got must, but .* holds no run"):
         runs.open_run(Config(run_dir=tmp_path / "run", resume="must"))
-    runs.open_run(Config(run_dir=tmp_path / "run", resume="never"))
+    begin(Config(run_dir=tmp_path / "run", resume="never"))
     with pytest.raises(ValueError, match="got never, but .* holds a run"):
         runs.open_run(Config(run_dir=tmp_path / "run", resume="never"))
     runs.open_run(Config(run_dir=tmp_path / "run", resume="must"))
 
 
 def test_open_run_refuses_a_damaged_record(tmp_path):
-    runs.open_run(Config(run_dir=tmp_path / "run"))
+    begin(Config(run_dir=tmp_path / "run"))
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: got a damaged file, expected JSON"):
         runs.open_run(Config(run_dir=tmp_path / "run"))
@@ -181,6 +190,14 @@ def test_another_run_is_refused_and_kept(tmp_path, capsys):
 
 def short(directory, **changes):
     return tiny_run.Config(run_dir=directory, **({"num_steps": 4, "checkpoint_every": 2} | changes))
+
+
+def test_what_is_refused_leaves_a_new_directory_to_other_settings(tmp_path, capsys):
+    """A batch that cannot be cut is found when the step is there; the next command is no other run."""
+    line = refused(short(tmp_path / "run", batch_size=6, accumulate=4), capsys, tiny_run.run)
+    assert "got 6 data" in line and "use a batch size of 4 or 8" in line and files(tmp_path) == {}
+    asked = short(tmp_path / "run", batch_size=8, accumulate=4, resume="never")
+    assert runs.exit_code(tiny_run.run, asked) == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, capsys):
