@@ -242,7 +242,8 @@ def open_run(config: RunConfig) -> Path:
         them: what is refused before leaves an empty directory or the run as it was.
 
     Raises:
-        ValueError: if the directory holds another run or other files, or `resume` forbids what it holds.
+        ValueError: if the directory holds another run, other files or damaged settings, or `resume` forbids what it
+            holds.
     """
     directory = Path(config.run_dir)
     if not is_first():
@@ -260,7 +261,13 @@ def open_run(config: RunConfig) -> Path:
         return directory
     if config.resume == "never":
         raise ValueError(f"resume: got never, but {directory} holds a run; choose another --run-dir")
-    different = settings.differences(config, directory)
+    try:
+        different = settings.differences(config, directory)
+    except settings.DamagedError:
+        if not config.override:
+            raise
+        tell(f"{directory / 'config.json'} is damaged; if the state fits these settings, they take its place")
+        return directory
     if different:
         console.print(settings.as_table(different))
         if not config.override:

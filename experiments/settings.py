@@ -1,5 +1,6 @@
 """`config.json`: the settings that a run directory belongs to."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,10 @@ _OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "
 }
 
 
+class DamagedError(ValueError):
+    """Tell that `config.json` cannot be read."""
+
+
 def differences(config: Any, directory: Path) -> dict[str, tuple[str, str]]:
     """Compare the settings that a run was begun with, or overridden to, with those of a command.
 
@@ -29,13 +34,16 @@ def differences(config: Any, directory: Path) -> dict[str, tuple[str, str]]:
         Name -> (the run's, the command's), for those that differ; "not there" for one that there is no more.
 
     Raises:
-        ValueError: if `config.json` is damaged.
+        DamagedError: if `config.json` is damaged.
     """
     record = directory / "config.json"
     try:
         saved = dict(json.loads(record.read_text()))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{record}: got a damaged file, expected JSON; choose another --run-dir") from error
+        raise DamagedError(
+            f"{record}: got a damaged file, expected JSON; choose another --run-dir, or put these settings in its place "
+            "by --override"
+        ) from error
     asked = _settings(config)
     # A setting that came after the run has the value that the run had without it.
     fields = [field for field in dataclasses.fields(config) if field.name in asked]
@@ -55,7 +63,7 @@ def as_table(different: Mapping[str, tuple[str, str]]) -> Table:
 
 
 def record(config: Any, directory: Path) -> Path | None:
-    """Write `config.json` where it does not hold these settings yet, and keep the one before beside it.
+    """Write `config.json` where it does not hold these settings yet, and keep the one before beside it, as it was.
 
     Args:
         config: the settings, a dataclass.
@@ -66,21 +74,26 @@ def record(config: Any, directory: Path) -> Path | None:
     """
     path, kept = directory / "config.json", None
     if path.exists():
-        if not differences(config, directory):
-            return None
+        with contextlib.suppress(DamagedError):
+            if not differences(config, directory):
+                return None
         number = 1
         while (kept := directory / f"config.before-{number}.json").exists():
             number += 1
-        write_json(kept, json.loads(path.read_text()))
+        _write(kept, path.read_bytes())
     write_json(path, _settings(config))
     return kept
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file whole or not at all."""
+    _write(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
+    with temporary.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

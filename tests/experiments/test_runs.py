@@ -99,11 +99,15 @@ def test_open_run_obeys_resume(tmp_path):
     runs.open_run(Config(run_dir=tmp_path / "run", resume="must"))
 
 
-def test_open_run_refuses_a_damaged_record(tmp_path):
+def test_open_run_refuses_a_damaged_record_but_to_replace_it(tmp_path, capsys):
     begin(Config(run_dir=tmp_path / "run"))
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json: got a damaged file, expected JSON"):
         runs.open_run(Config(run_dir=tmp_path / "run"))
+    assert "note" not in capsys.readouterr().out
+    runs.open_run(Config(run_dir=tmp_path / "run", override=True))
+    assert f"note {tmp_path}/run/config.json is damaged" in capsys.readouterr().out
+    assert (tmp_path / "run/config.json").read_text() == "{"
 
 
 def test_check_settings():

@@ -79,8 +79,11 @@ def test_every_record_before_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "3", ""])
-def test_a_damaged_record_is_refused(tmp_path, content):
+def test_a_damaged_record_is_refused_and_replaced_by_another(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config.json: got a damaged file, expected JSON") as error:
+    with pytest.raises(ValueError, match=r"config.json: got a damaged file, expected JSON.*--override") as error:
         settings.differences(Config(), tmp_path)
     assert "\n" not in str(error.value)
+    assert settings.record(Config(), tmp_path) == tmp_path / "config.before-1.json"
+    assert (tmp_path / "config.before-1.json").read_text() == content
+    assert settings.differences(Config(), tmp_path) == {}
