@@ -18,6 +18,9 @@ _OF_THE_COMMAND = {"run_dir", "resume", "override", "max_skips", "debug_nans", "
     *("coordinator", "num_processes", "process_id"),
 }
 
+# What a run leaves at its end, and says of the settings that it had then.
+_OF_THE_END = ("result.json", "report.html", "exported")
+
 
 class DamagedError(ValueError):
     """Tell that `config.json` cannot be read."""
@@ -41,8 +44,8 @@ def differences(config: Any, directory: Path) -> dict[str, tuple[str, str]]:
         saved = dict(json.loads(record.read_text()))
     except (ValueError, TypeError) as error:
         raise DamagedError(
-            f"{record}: got a damaged file, expected JSON; choose another --run-dir, or put these settings in its place "
-            "by --override"
+            f"{record}: got a damaged file, expected JSON; choose another --run-dir, or put these settings in its "
+            "place by --override"
         ) from error
     asked = _settings(config)
     # A setting that came after the run has the value that the run had without it.
@@ -65,6 +68,9 @@ def as_table(different: Mapping[str, tuple[str, str]]) -> Table:
 def record(config: Any, directory: Path) -> Path | None:
     """Write `config.json` where it does not hold these settings yet, and keep the one before beside it, as it was.
 
+    A result, a report and exported functions of the settings before are kept likewise, under the same number: none of
+    them is taken for one of these settings, which have no end yet.
+
     Args:
         config: the settings, a dataclass.
         directory: the run directory.
@@ -81,6 +87,9 @@ def record(config: Any, directory: Path) -> Path | None:
         while (kept := directory / f"config.before-{number}.json").exists():
             number += 1
         _write(kept, path.read_bytes())
+        for end in (directory / name for name in _OF_THE_END):
+            if end.exists():
+                os.replace(end, end.with_stem(f"{end.stem}.before-{number}"))
     write_json(path, _settings(config))
     return kept
 

@@ -108,7 +108,9 @@ def train(
         step.place(batches(0)[None])
         kept = settings.record(config, directory) if is_first() else None
         if kept is not None:
-            runs.tell(f"the settings changed; those before are kept in {kept}")
+            runs.tell(
+                f"the settings changed; those before are kept in {kept}, and with them what their run left at its end"
+            )
 
     start = int(state.step)
     if start:

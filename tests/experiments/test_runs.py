@@ -249,6 +249,8 @@ def test_other_settings_are_shown_and_taken_on_with_override(tmp_path, capsys):
         and "resuming at step 4 of 6" in out
     )
     assert (tmp_path / "run/config.before-1.json").read_bytes() == first
+    results = [json.loads((tmp_path / f"run/result{n}.json").read_text()) for n in (".before-1", "")]
+    assert results[0]["params_digest"] != results[1]["params_digest"]
     assert json.loads((tmp_path / "run/config.json").read_text())["num_steps"] == 6
     assert runs.exit_code(tiny_run.run, asked) == 0
 

@@ -65,8 +65,13 @@ def test_the_table_shows_them():
 
 
 def test_every_record_before_is_kept(tmp_path):
+    """And with the first of them what the run left at its end."""
     settings.record(Config(), tmp_path)
+    (tmp_path / "exported").mkdir()
+    for name in ("result.json", "exported/ema.npz", "performance.json"):
+        (tmp_path / name).write_text("3")
     assert settings.record(Config(), tmp_path) is None
+    assert (tmp_path / "result.json").exists()
     kept = [settings.record(Config(width=width), tmp_path) for width in (4, 5)]
     assert kept == [tmp_path / "config.before-1.json", tmp_path / "config.before-2.json"]
     assert [json.loads(path.read_text())["width"] for path in kept] == [3, 4]
@@ -75,13 +80,19 @@ def test_every_record_before_is_kept(tmp_path):
         "config.json",
         "config.before-1.json",
         "config.before-2.json",
+        "result.before-1.json",
+        "exported.before-1",
+        "performance.json",
     }
+    assert [path.name for path in (tmp_path / "exported.before-1").iterdir()] == ["ema.npz"]
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "3", ""])
 def test_a_damaged_record_is_refused_and_replaced_by_another(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config.json: got a damaged file, expected JSON.*--override") as error:
+    with pytest.raises(
+        ValueError, match=r"config.json: got a damaged file, expected JSON.*--override"
+    ) as error:
         settings.differences(Config(), tmp_path)
     assert "\n" not in str(error.value)
     assert settings.record(Config(), tmp_path) == tmp_path / "config.before-1.json"
