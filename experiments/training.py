@@ -122,6 +122,7 @@ def train(
             with vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving:
                 watch = stop_if_skipping(
                     config.max_skips,
+                    start=start,
                     every=math.gcd(config.log_every, config.checkpoint_every),
                     save=saving.call,
                 )

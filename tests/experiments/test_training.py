@@ -73,6 +73,11 @@ def test_too_many_skips_end_with_code_3_and_the_last_good_state(tmp_path, capsys
     for got, expected in zip(leaves(saved)[1:], leaves(stopped)[1:], strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
+    held = vd.saved_steps(tmp_path / "run/checkpoints")
+    assert begin(config, failing(lambda step: step >= 6))[0] == 3
+    assert "got no update in 10 steps" in capsys.readouterr().err
+    assert vd.saved_steps(tmp_path / "run/checkpoints") == held == [8, 12]
+
     code, (resumed,) = begin(config, failing(lambda step: (step >= 6) & (step < 12)))
     assert code == 0 and int(resumed.step) == 100
     assert [int(count) for count in resumed.guard[:2]] == [6, 0]

@@ -15,7 +15,7 @@ import rich
 from tensorboardX.proto.event_pb2 import Event
 
 import vdiff as vd
-from vdiff.train.guard import skip_nonfinite, unguarded
+from vdiff.train.guard import Guard, skip_nonfinite, unguarded
 from vdiff.train.hooks import (
     DivergedError,
     progress_bar,
@@ -241,6 +241,18 @@ def test_too_many_skips_in_a_row_save_and_end_the_run():
     with pytest.raises(DivergedError, match=line) as error:
         skipping(range(5, 99), 12, hooks)
     assert saved == [(8, 8)] and later == [2, 4, 6] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("num_in_a_row", "saved"), [(6, []), (5, [18])])
+def test_a_state_without_an_update_since_the_start_is_not_saved_again(num_in_a_row, saved):
+    """From step 12 to 18: all six were skipped, or all but the first; skips before step 12 change nothing."""
+    given = []
+    hook = stop_if_skipping(3, start=12, save=lambda step, state, metrics: given.append(step))
+    for more in (0, 6) if num_in_a_row == 6 else (0,):
+        state = STATE._replace(guard=Guard(*map(np.int32, (9, num_in_a_row + more, 18, 0, 0))))
+        with pytest.raises(DivergedError, match=f"got no update in {num_in_a_row + more} steps"):
+            hook.call(18, state, {"skipped": 1.0, "skipped/fit": math.nan})
+    assert given == saved
 
 
 def test_a_row_of_no_skips_is_refused():

@@ -132,6 +132,7 @@ def stop_if_diverged(*, every: int = 50) -> Hook:
 def stop_if_skipping(
     max_in_a_row: int,
     *,
+    start: int = 0,
     every: int = 50,
     save: Callable[[int, TrainState, dict[str, float]], object] = lambda step, state, metrics: None,
     tell: Callable[[str], object] = lambda line: rich.get_console().print(line, markup=False, soft_wrap=True),
@@ -139,10 +140,12 @@ def stop_if_skipping(
     """Make the hook that tells of skipped updates, and ends a run that makes no more. Put it before the one that saves.
 
     A state whose last updates were skipped is the last good one, so it is saved as it is: it goes on at the data after
-    those that were skipped.
+    those that were skipped. If no update is made there either, the state that it went on from is the last good one, and
+    nothing is saved anew: repeated starts would push the checkpoints before out.
 
     Args:
         max_in_a_row: ends the run when, at a look, so many updates in a row were skipped.
+        start: the step at which the run (re)starts.
         every: steps between two looks.
         save: called with `(step, state, metrics)` before the end, e.g. the `call` of the hook of `checkpoint_every`.
         tell: takes the line about the updates that were skipped since the last look.
@@ -164,7 +167,9 @@ def stop_if_skipping(
         if guard.num_in_a_row < max_in_a_row:
             tell(f"step {guard.step}: update skipped, {line}")
             return
-        save(step, state, metrics)
+        is_saved = 0 < start and step - start <= guard.num_in_a_row
+        if not is_saved:
+            save(step, state, metrics)
         raise DivergedError(
             f"step {guard.step}: got no update in {guard.num_in_a_row} steps, {line}, expected fewer than "
             f"{max_in_a_row}; lower the learning rate, look at the data, or find the operation with jax_debug_nans"
