@@ -25,7 +25,8 @@ class Compiled(NamedTuple):
 
     Attributes:
         seconds: to trace, lower and compile it.
-        flops: of one step on one device, as XLA's cost analysis counts them: a loop's body once; None if it does not.
+        flops: of one step on one device, as XLA's cost analysis counts them: a loop's body once, but for the one over
+            the parts of a batch; None if it does not.
     """
 
     seconds: float
@@ -33,7 +34,12 @@ class Compiled(NamedTuple):
 
 
 def compile_step(
-    step: CompiledStep, state: vd.TrainState, batch: PyTree, batch_size: int, steps_per_call: int
+    step: CompiledStep,
+    state: vd.TrainState,
+    batch: PyTree,
+    batch_size: int,
+    steps_per_call: int,
+    undivided: CompiledStep | None = None,
 ) -> Compiled:
     """Compile a step ahead of its first call, which finds it compiled.
 
@@ -43,19 +49,31 @@ def compile_step(
         batch: [B, ...], of this process; only looked at.
         batch_size: data per step, over all processes.
         steps_per_call: how many batches a call gets.
+        undivided: where the step cuts a batch in parts, the same step that does not; it is not compiled.
 
     Returns:
-        The seconds and the FLOPs.
+        The seconds, and the FLOPs of a step over all its parts.
     """
 
     def stacked(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((steps_per_call, batch_size, *leaf.shape[1:]), leaf.dtype)
 
+    batches = jax.tree.map(stacked, batch)
     began = time.perf_counter()
-    compiled = step.lower(state, jax.tree.map(stacked, batch)).compile()
+    lowered = step.lower(state, batches)
+    compiled = lowered.compile()
     seconds = time.perf_counter() - began
-    flops = (compiled.cost_analysis() or {}).get("flops", 0.0)
-    return Compiled(seconds, float(flops) if flops > 0 else None)
+    flops = _flops(compiled)
+    if undivided is not None and flops is not None:
+        # The parts are a loop, whose body counts once. What the others take is what the two gradients differ by.
+        whole, part = _flops(undivided.lower(state, batches)), _flops(lowered)
+        flops = None if whole is None or part is None else flops + whole - part
+    return Compiled(seconds, flops)
+
+
+def _flops(program: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
+    flops = (program.cost_analysis() or {}).get("flops", 0.0)
+    return float(flops) if flops > 0 else None
 
 
 def timed(hooks: Sequence[vd.Hook], every: int, start: int) -> tuple[tuple[vd.Hook, ...], list[float]]:
@@ -92,7 +110,13 @@ def timed(hooks: Sequence[vd.Hook], every: int, start: int) -> tuple[tuple[vd.Ho
     return (vd.Hook(every, look), *(outside(hook) for hook in hooks)), seconds
 
 
-def figures(compiled: Compiled, step_seconds: Sequence[float], batch_size: int, every: int) -> dict[str, Any]:
+def figures(
+    compiled: Compiled,
+    step_seconds: Sequence[float],
+    batch_size: int,
+    every: int,
+    precision: str = "float32",
+) -> dict[str, Any]:
     """Gather the figures of a training for `performance.json`.
 
     Args:
@@ -100,13 +124,14 @@ def figures(compiled: Compiled, step_seconds: Sequence[float], batch_size: int, 
         step_seconds: from `timed`; the first, which warms up, is left out where there are others.
         batch_size: data per step, over all devices.
         every: steps that each of these times is a mean over.
+        precision: the dtype that the step's products are in, which the peak is that of.
 
     Returns:
         The figures by name. Peaks and FLOPs are of one device.
     """
     times = np.asarray(step_seconds[1:] or step_seconds)
     median = float(np.median(times))
-    peak = product_peak()
+    peak = product_peak(precision)
     share = None if compiled.flops is None else compiled.flops / median / peak
     bytes_used, where = peak_memory()
     return {
@@ -121,7 +146,7 @@ def figures(compiled: Compiled, step_seconds: Sequence[float], batch_size: int, 
         "step_flops": compiled.flops,
         "peak_flops_per_second": {
             "value": _digits(peak),
-            "of": "a float32 matrix product, measured after training",
+            "of": f"a {precision} matrix product, measured after training",
         },
         "share_of_peak": None if share is None else _digits(share),
     }
@@ -137,11 +162,11 @@ def peak_memory() -> tuple[int, str]:
 
 
 @functools.cache
-def product_peak() -> float:
-    """Measure the FLOP/s of a square float32 matrix product, large enough to take 2 ms; once a process."""
+def product_peak(precision: str = "float32") -> float:
+    """Measure the FLOP/s of a square matrix product in a dtype, large enough to take 2 ms; once a process."""
     size = 1024
     while True:
-        square = jnp.ones((size, size), jnp.float32)
+        square = jnp.ones((size, size), precision)
         product = jax.jit(jnp.matmul)
         (seconds,) = median_seconds(lambda: product(square, square), num_calls=3, num_measurements=5)  # noqa: B023
         if seconds > 2e-3 or size >= 8192:

@@ -86,9 +86,12 @@ def train(
     checkpoints = directory / "checkpoints"
     with runs.refusing():
         optimizer = optimizer_of(config) if optimizer is None else optimizer
-        parts = {"batching": batching, "num_accumulate": config.accumulate}
-        raw_step = vd.make_train_step(objective, optimizer, ema_decay=config.ema_decay, **parts)
+        parts = {"ema_decay": config.ema_decay, "batching": batching}
+        raw_step = vd.make_train_step(objective, optimizer, num_accumulate=config.accumulate, **parts)
         step = compiled_step(config, raw_step)
+        undivided = None
+        if config.accumulate > 1:
+            undivided = compiled_step(config, vd.make_train_step(objective, optimizer, **parts))
         share = (jax.process_index(), jax.process_count())
         in_memory = isinstance(images, np.ndarray)
         shuffle = vd.data.permutations.drawn if in_memory else vd.data.permutations.keyed
@@ -127,8 +130,11 @@ def train(
                     save=saving.call,
                 )
                 hooks = (watch, *hooks)
-                state, *cost = _fitted(config, directory, state, step, batches, hooks, saving, stop, unit)
-            costs = performance.figures(*cost, config.batch_size, config.log_every)
+                state, *cost = _fitted(
+                    config, directory, state, step, undivided, batches, hooks, saving, stop, unit
+                )
+            precision = getattr(config, "precision", "float32")
+            costs = performance.figures(*cost, config.batch_size, config.log_every, precision)
         if is_first():
             runs.write_json(directory / "performance.json", costs)
         number = largest(stop.received or 0)
@@ -146,6 +152,7 @@ def _fitted(
     directory: Path,
     state: vd.TrainState,
     step: vd.train.parallel.CompiledStep,
+    undivided: vd.train.parallel.CompiledStep | None,
     batches: Callable[[int], np.ndarray],
     hooks: tuple[vd.Hook, ...],
     saving: vd.Hook,
@@ -163,7 +170,9 @@ def _fitted(
     ):
         steps_per_call = 1 if config.debug_nans else default_steps_per_call()
         start = int(state.step)
-        compiled = performance.compile_step(step, state, batches(start), config.batch_size, steps_per_call)
+        compiled = performance.compile_step(
+            step, state, batches(start), config.batch_size, steps_per_call, undivided
+        )
         hooks, seconds = performance.timed((*hooks, *reports, saving), config.log_every, start)
         state = vd.fit(
             state,

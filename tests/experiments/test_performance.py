@@ -40,16 +40,18 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("steps_per_call", [1, 4])
-def test_flops_are_those_of_one_step(compilations, steps_per_call):
+@pytest.mark.parametrize(("steps_per_call", "num_parts"), [(1, 1), (4, 1), (1, 4)])
+def test_flops_are_those_of_one_step(compilations, steps_per_call, num_parts):
     """x W and x^T g: two products of 2 B n^2; the update and the guard's norm are a few n^2, B = 32 being larger.
 
-    And the step is compiled once: its first call finds it.
+    In how many parts its batch ever goes. And the step is compiled once: its first call finds it.
     """
-    step = vd.jit_step(vd.make_train_step(objective, OPTIMIZER))
+    undivided = vd.jit_step(vd.make_train_step(objective, OPTIMIZER))
+    step = vd.jit_step(vd.make_train_step(objective, OPTIMIZER, num_accumulate=num_parts))
     state, batch = start(), np.ones((BATCH_SIZE, WIDTH), np.float32)
     compilations.clear()
-    compiled = performance.compile_step(step, state, batch, BATCH_SIZE, steps_per_call)
+    more = (undivided,) if num_parts > 1 else ()
+    compiled = performance.compile_step(step, state, batch, BATCH_SIZE, steps_per_call, *more)
     products = 2 * 2 * BATCH_SIZE * WIDTH**2
     assert products < compiled.flops < 1.25 * products
     assert len(compilations) == 1 and compilations[0] < compiled.seconds < compilations[0] + 30
@@ -114,6 +116,13 @@ def test_the_peak_is_that_of_a_product():
     (seconds,) = performance.median_seconds(lambda: product(square, square), num_calls=3, num_measurements=5)
     assert performance.product_peak() > 0.05 * 2 * 512**3 / seconds
     assert performance.product_peak() == performance.product_peak()
+
+
+def test_the_peak_is_in_the_precision_of_the_step(monkeypatch):
+    asked = []
+    monkeypatch.setattr(performance, "product_peak", lambda precision: asked.append(precision) or 1e9)
+    found = performance.figures(performance.Compiled(1.0, 1e6), [0.5], 8, 50, "bfloat16")
+    assert asked == ["bfloat16"] and found["peak_flops_per_second"]["of"].startswith("a bfloat16 matrix")
 
 
 def test_median_seconds_are_of_each_function():
