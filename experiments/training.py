@@ -128,6 +128,7 @@ def train(
                     start=start,
                     every=math.gcd(config.log_every, config.checkpoint_every),
                     save=saving.call,
+                    finder="--debug-nans",
                 )
                 hooks = (watch, *hooks)
                 state, *cost = _fitted(

@@ -60,7 +60,7 @@ def test_too_many_skips_end_with_code_3_and_the_last_good_state(tmp_path, capsys
     error = " ".join(capsys.readouterr().err.split())
     assert "diverged step 12: got no update in 6 steps, fit nan" in error
     assert "the gradient of theta.loc (6 in a row, 6 in all)" in error
-    assert error.endswith(f"; step 12 is saved in {tmp_path / 'run'}")
+    assert error.endswith(f"the operation with --debug-nans; step 12 is saved in {tmp_path / 'run'}")
 
     saved = restored(config)
     assert int(saved.step) == 12

@@ -236,7 +236,7 @@ def test_too_many_skips_in_a_row_save_and_end_the_run():
     ]
     line = (
         r"step 8: got no update in 3 steps, fit nan, .*theta\.Dense_0\.kernel \(3 in a row, 3 in all\), "
-        "expected fewer than 3; lower the"
+        "expected fewer than 3; lower the .* with jax_debug_nans"
     )
     with pytest.raises(DivergedError, match=line) as error:
         skipping(range(5, 99), 12, hooks)

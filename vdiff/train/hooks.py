@@ -135,6 +135,7 @@ def stop_if_skipping(
     start: int = 0,
     every: int = 50,
     save: Callable[[int, TrainState, dict[str, float]], object] = lambda step, state, metrics: None,
+    finder: str = "jax_debug_nans",
     tell: Callable[[str], object] = lambda line: rich.get_console().print(line, markup=False, soft_wrap=True),
 ) -> Hook:
     """Make the hook that tells of skipped updates, and ends a run that makes no more. Put it before the one that saves.
@@ -148,6 +149,7 @@ def stop_if_skipping(
         start: the step at which the run (re)starts.
         every: steps between two looks.
         save: called with `(step, state, metrics)` before the end, e.g. the `call` of the hook of `checkpoint_every`.
+        finder: what finds the operation that made a NaN, for the last line; a program may have its own flag for it.
         tell: takes the line about the updates that were skipped since the last look.
 
     Returns:
@@ -172,7 +174,7 @@ def stop_if_skipping(
             save(step, state, metrics)
         raise DivergedError(
             f"step {guard.step}: got no update in {guard.num_in_a_row} steps, {line}, expected fewer than "
-            f"{max_in_a_row}; lower the learning rate, look at the data, or find the operation with jax_debug_nans"
+            f"{max_in_a_row}; lower the learning rate, look at the data, or find the operation with {finder}"
         )
 
     return Hook(every, look)
