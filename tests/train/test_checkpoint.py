@@ -166,6 +166,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
     vd.save(tmp_path, at(1))
     (tmp_path / "2.orbax-checkpoint-tmp/default").mkdir(parents=True)
     (tmp_path / "2.orbax-checkpoint-tmp/default/d").write_bytes(b"half")
+    (tmp_path / "1.manifest.json").write_text("half")
     assert vd.latest_step(tmp_path) == 1
     vd.save(tmp_path, at(3))
     assert names_in(tmp_path) == {"1", "3"}

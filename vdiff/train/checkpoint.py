@@ -17,7 +17,7 @@ from pathlib import Path
 
 import orbax.checkpoint as ocp
 
-from vdiff.train.checksums import DamagedError, extend_manifest, verify, write_manifest
+from vdiff.train.checksums import MANIFEST, DamagedError, extend_manifest, verify, write_manifest
 from vdiff.train.hosts import is_first, largest
 from vdiff.train.loop import Hook
 from vdiff.train.restore import FORMAT, NOTES, saved_steps
@@ -151,6 +151,9 @@ def _open(
     )
     handler = ocp.StandardCheckpointHandler()
     _set_aside(directory, step)
+    if is_first():
+        for left in directory.glob(f"*.{MANIFEST}"):  # by a process killed before it put it in its folder
+            left.unlink()
     largest(0)  # all wait until the first has done it
     try:
         return ocp.CheckpointManager(directory, options=options, item_handlers=handler)
