@@ -163,7 +163,6 @@ def memory():
         found[str(n)] = {
             "state": analysis.argument_size_in_bytes - share,
             "updated in place": analysis.alias_size_in_bytes,
-            "temporary": analysis.temp_size_in_bytes,
         }
     return found
 
