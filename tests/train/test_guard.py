@@ -82,10 +82,9 @@ def test_a_poisoned_batch_is_a_step_left_out(mode, steps_per_call, value):
     state = vd.fit(start(), step, lambda i: poisoned(i, value=value), 9, steps_per_call=steps_per_call)
     if steps_per_call == 1:
         equal(state, left_out(step, 9))
-    else:  # the same loop, whose padding reaches no state: its poisoned step taken out by the calls' ends
-        hook = vd.Hook(1, lambda step, state, metrics: None)
-        single = vd.fit(start(), step, poisoned, 9, hooks=[hook], steps_per_call=4)
-        equal(state, single)
+    else:  # another program, a loop: but for its rounding
+        for got, expected in zip(numbers(state), numbers(left_out(step, 9)), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
     # Counted from 1, as a log does.
     assert [int(count) for count in state.guard[:3]] == [1, 0, POISONED + 1]
     assert all(np.all(np.isfinite(leaf)) for leaf in numbers(state) if leaf.dtype == np.float32)
