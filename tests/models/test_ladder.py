@@ -146,7 +146,7 @@ def two_layers():
 @pytest.mark.slow
 def test_terms_and_estimators_against_exact_expectations():
     """Two layers, K = 2, with phi in p and in q: values, and gradients by theta, phi and lam apart."""
-    h.check_against_exact(two_layers())
+    h.check_against_exact(two_layers(), num_draws=100_000)
 
 
 def test_draws_and_densities_of_the_path(key):
