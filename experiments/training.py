@@ -54,6 +54,7 @@ def train(
     optimizer: optax.GradientTransformation | None = None,
     batching: Callable[..., Callable] = vd.per_example,
     aux: PyTree = (),
+    combine: Callable[[vd.types.Terms], jax.Array] = vd.objectives.sum_terms,
     hooks: tuple[vd.Hook, ...] = (),
     best: str | None = None,
     unit: str = "nats",
@@ -69,6 +70,7 @@ def train(
         optimizer: `optimizer_of(config)` when left out.
         batching: lifts the objective to a batch; `vd.stratified` for one that takes a time, `vd.persistent` for chains.
         aux: what the chains of `vd.persistent` start from, [batch_size, ...].
+        combine: what is raised of the mean terms, such as `vd.free_bits({...})`.
         hooks: called before the metrics are written; what they return is written too.
         best: name of a metric, larger is better, whose best checkpoint stays.
         unit: of the objective, for the progress bar.
@@ -86,7 +88,7 @@ def train(
     checkpoints = directory / "checkpoints"
     with runs.refusing():
         optimizer = optimizer_of(config) if optimizer is None else optimizer
-        parts = {"ema_decay": config.ema_decay, "batching": batching}
+        parts = {"ema_decay": config.ema_decay, "batching": batching, "combine": combine}
         raw_step = vd.make_train_step(objective, optimizer, num_accumulate=config.accumulate, **parts)
         step = compiled_step(config, raw_step)
         undivided = None

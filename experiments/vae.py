@@ -4,7 +4,6 @@ python -m experiments.vae digits
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exporting, pixels, runs, training
+from experiments import bounds, exporting, pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
 
@@ -139,19 +138,9 @@ def build(config: Config) -> Problem:
 
 def objective_of(config: Config, problem: Problem) -> vd.Scheduled:
     """Choose what is raised: of one stored image, at a step."""
-    bound = vd.repeat(problem.model.elbo_terms, config.num_samples)
-    if config.bound == "iwae":
-        bound = vd.doubly_reparameterized(problem.model, vd.iwae, config.num_samples)
     transform = problem.transform if config.binarization == "dynamic" else lambda key, x: x
-
-    def at(step: jax.Array) -> vd.Objective:
-        if not config.warmup_steps:
-            return vd.preprocessed(bound, transform)
-        beta = jnp.minimum(1.0, (step + 1) / config.warmup_steps)
-        kl = ("entropy", "prior_log_prob") if config.prior_components > 1 else ("kl",)
-        return vd.preprocessed(vd.weighted(bound, dict.fromkeys(kl, beta)), transform)
-
-    return vd.scheduled(at)
+    kl = ("entropy", "prior_log_prob") if config.prior_components > 1 else ("kl",)
+    return bounds.objective_of(config, problem.model, transform, kl)
 
 
 def run(config: Config) -> dict:
@@ -161,45 +150,37 @@ def run(config: Config) -> dict:
         problem = build(config)
         directory = runs.open_run(config)
     console = runs.console
-    key_train, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    keys = bounds.keys_of(config.seed)
     train, test = problem.dataset.train, problem.dataset.test[: config.eval_images]
 
-    test = training.transformed(problem.transform, key_test, test)
+    test = training.transformed(problem.transform, keys.test, test)
     watched = vd.preprocessed(problem.model.elbo_terms, lambda key, x: x)
     state = training.train(
         config,
         directory,
         problem.model,
         objective_of(config, problem),
-        training.transformed(problem.transform, key_train, train)
+        training.transformed(problem.transform, keys.train, train)
         if config.binarization == "fixed"
         else train,
-        hooks=(training.held_out(watched, key_watch, test[:500], every=10 * config.log_every),),
+        hooks=(training.held_out(watched, keys.watch, test[:500], every=10 * config.log_every),),
         best="test_elbo",
     )
 
-    began = time.perf_counter()
-    judged = training.judge(problem.model, config.eval_samples, key_judge, state.ema, test)
-    elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, test)
+    metrics, _, seconds = bounds.judge(
+        problem.model, config.eval_samples, keys.judge, state.ema, test, directory
+    )
     loc, scale = evaluate.evaluate(
-        lambda key, params, x: problem.vae.encode(params, problem.to_vae(x)), key_judge, state.ema, test
+        lambda key, params, x: problem.vae.encode(params, problem.to_vae(x)), keys.judge, state.ema, test
     )
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
-
-    nats = evaluate.summarize(judged.value)
-    num_dims = test[0].size
-    metrics = {
-        "log_prob": runs.metric(nats, f"importance, K = {config.eval_samples:,}"),
-        "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
-        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, num_dims), "unit": "bits/dim"},
-        "active_units": {"value": int(evaluate.active_units(loc).is_active.sum()), "unit": "units"},
-        **training.trust(judged, config.eval_samples),
-    }
+    metrics["active_units"] = {"value": int(evaluate.active_units(loc).is_active.sum()), "unit": "units"}
     result = runs.write_result(directory, metrics, state.ema, seconds)
-    page = show(
-        config, problem, directory, state.ema, test, loc, evaluate.unit_kl(loc, scale), key_show, result
+    kl = evaluate.unit_kl(loc, scale)
+    page = show(config, problem, directory, state.ema, test, loc, kl, keys.show, result)
+    nats = metrics["log_prob"]
+    console.print(
+        f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats on {nats['num_data']} test images"
     )
-    console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images")
     export(config, problem, directory, state, test[0])
     console.print(f"report   {page}")
     return result
