@@ -5,12 +5,8 @@ python -m experiments.demo
 
 import dataclasses
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from rich.table import Table
-
-from experiments import diffusion, gmm, runs, vae
+from experiments import comparison, diffusion, gmm, runs, vae
 from vdiff import report
 
 
@@ -33,17 +29,25 @@ PRESETS = {
 }
 
 
+FAMILIES = (
+    ("gmm", "Gaussian mixture", gmm, "log_prob", "latents.png", "Its component means."),
+    ("vae", "VAE", vae, "log_prob", "samples.png", "What it imagines, from the prior."),
+    ("diffusion", "Diffusion", diffusion, "elbo", "samples.png", "What it imagines, from pure noise."),
+)
+
+
 def run(config: Config) -> Path:
     """Train each family, print one table and write one page; returns the page's path."""
     directory = config.run_dir
     with runs.refusing():
         directory.mkdir(parents=True, exist_ok=True)
-    families = (
-        ("Gaussian mixture", "gmm", gmm, "log_prob", "latents.png", "Its component means."),
-        ("VAE", "vae", vae, "log_prob", "samples.png", "What it imagines, from the prior."),
-        ("Diffusion", "diffusion", diffusion, "elbo", "samples.png", "What it imagines, from pure noise."),
-    )
-    entries = [_entry(directory, config.preset, *family) for family in families]
+    families = [
+        comparison.Family(name, label, module, module.PRESETS[config.preset][1], metric, caption)
+        for name, label, module, metric, _, caption in FAMILIES
+    ]
+    results = comparison.train(families, directory)
+    pictures = {name: Path(name) / picture for name, _, _, _, picture, _ in FAMILIES}
+    entries = [comparison.entry_of(family, result, pictures[family.name]) for family, result in results]
     page = report.write_index(
         directory / "index.html",
         title="Handwritten digits, in nats",
@@ -51,49 +55,9 @@ def run(config: Config) -> Path:
         "judged in the same nats: by log p(x), or by the ELBO, which lies below it.",
         runs=entries,
     )
-    table = Table("model", "bound", "nats per datum", "bits/dim", "seconds")
-    for entry in entries:
-        nats = report.format_value(entry.nats, entry.std_error)
-        row = (
-            entry.model,
-            entry.bound,
-            nats,
-            report.format_value(entry.bits_per_dim),
-            f"{entry.seconds:.1f}",
-        )
-        table.add_row(*row)
-    runs.console.print(table)
+    comparison.print_table(entries)
     runs.console.print(f"page  {page.resolve()}")
     return page
-
-
-def _entry(
-    directory: Path,
-    preset: str,
-    label: str,
-    name: str,
-    experiment: ModuleType,
-    metric: str,
-    picture: str,
-    caption: str,
-) -> report.RunEntry:
-    runs.console.rule(label)
-    config = dataclasses.replace(experiment.PRESETS[preset][1], run_dir=directory / name)
-    result: dict[str, Any] = experiment.run(config)
-    nats = result["metrics"][metric]
-    bits = result["metrics"].get("bits_per_dim", {}).get("value")
-    return report.RunEntry(
-        data=config.data,
-        model=label,
-        bound=nats["bound"],
-        nats=nats["value"],
-        std_error=nats["std_error"],
-        bits_per_dim=bits,
-        seconds=result["seconds"]["training"],
-        report=Path(name) / "report.html",
-        picture=Path(name) / picture,
-        caption=caption,
-    )
 
 
 if __name__ == "__main__":

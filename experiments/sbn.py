@@ -145,7 +145,7 @@ def run(config: Config) -> dict:
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
-    key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 4)
+    _, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
     model = problem.model
     test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
     watched = vd.likelihood_gradient(model, config.num_samples)

@@ -54,3 +54,20 @@ def test_the_index_refuses_a_picture_that_is_no_png(tmp_path):
     (tmp_path / "samples.png").write_text("<svg/>")
     with pytest.raises(ValueError, match=r"figures: got .*samples.png, expected a PNG"):
         index.write_index(tmp_path / "index.html", title="t", lead="l", runs=[run_entry("vae", -1.0)])
+
+
+def test_what_runs_cost_is_a_column_where_one_says_it(tmp_path, read, picture):
+    runs = [run_entry("vae", -1.0, num_params=12_345, seconds_per_sample=0.0021), run_entry("gmm", -2.0)]
+    text = read(index.write_index(tmp_path / "index.html", title="t", lead="l", runs=runs)).text
+    assert "parameters" in text and "12,345" in text and "per sample" in text and "2.100 ms" in text
+    text = read(index.write_index(tmp_path / "index.html", title="t", lead="l", runs=runs[1:])).text
+    assert "parameters" not in text and "per sample" not in text
+
+
+def test_tables_of_texts_are_escaped(tmp_path, read, picture):
+    facts = index.FactTable(EVIL, ("model", EVIL), [("vae", EVIL)])
+    page = index.write_index(
+        tmp_path / "index.html", title="t", lead="l", runs=[run_entry("vae", -1.0)], tables=[facts]
+    )
+    reader = read(page)
+    assert "script" not in {tag for tag, _ in reader.tags} and reader.text.count(EVIL) == 3

@@ -26,6 +26,8 @@ class RunEntry(NamedTuple):
         report: the path of the run's report.
         picture: a PNG that shows what the model does.
         caption: one sentence below the picture.
+        num_params: how many numbers were learned; a column only where some run has it.
+        seconds_per_sample: what one draw takes; likewise.
     """
 
     data: str
@@ -38,9 +40,27 @@ class RunEntry(NamedTuple):
     report: Path | str
     picture: Path | str
     caption: str
+    num_params: int | None = None
+    seconds_per_sample: float | None = None
 
 
-def write_index(path: Path | str, *, title: str, lead: str, runs: Sequence[RunEntry]) -> Path:
+class FactTable(NamedTuple):
+    """Hold a table of texts.
+
+    Attributes:
+        title: its heading.
+        head: the names of its columns.
+        rows: a text for each column; the first names the row.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def write_index(
+    path: Path | str, *, title: str, lead: str, runs: Sequence[RunEntry], tables: Sequence[FactTable] = ()
+) -> Path:
     """Write the page that compares runs: a table and a scale for each data set, a picture for each run.
 
     Args:
@@ -48,6 +68,7 @@ def write_index(path: Path | str, *, title: str, lead: str, runs: Sequence[RunEn
         title: the page's title.
         lead: one sentence: what is compared.
         runs: in the order to show; relative paths in them start at the page's directory.
+        tables: what else is said of them, below.
 
     Returns:
         The path of the page.
@@ -62,7 +83,17 @@ def write_index(path: Path | str, *, title: str, lead: str, runs: Sequence[RunEn
         cards = (_card(path.parent, run) for run in group)
         body += [f"<h2>{escape(data)}</h2>", _comparison(path.parent, group)]
         body.append(wrap("section", "figures small", cards))
+    for table in tables:
+        body += [f"<h2>{escape(table.title)}</h2>", _facts(table)]
     return write(path, title, lead, body)
+
+
+def _facts(table: FactTable) -> str:
+    rows = (
+        f'<th scope="row">{escape(first)}</th>' + "".join(f"<td>{escape(text)}</td>" for text in rest)
+        for first, *rest in table.rows
+    )
+    return grid("".join(f"<th>{escape(name)}</th>" for name in table.head), rows)
 
 
 def _link(directory: Path, target: Path | str) -> str:
@@ -78,6 +109,8 @@ def _comparison(directory: Path, runs: Sequence[RunEntry]) -> str:
     """Compare runs on one data set: each a dot with its standard error on a scale that they share."""
     finite = [run.nats for run in runs if math.isfinite(run.nats)]
     alone = len(finite) < 2
+    with_params = any(run.num_params is not None for run in runs)
+    with_draws = any(run.seconds_per_sample is not None for run in runs)
     rows = []
     for run in runs:
         link = escape(_link(directory, run.report))
@@ -87,13 +120,22 @@ def _comparison(directory: Path, runs: Sequence[RunEntry]) -> str:
             f'<td class="number">{escape(format_value(run.nats, run.std_error))}</td>'
             f'<td class="chart">{mark}</td><td class="number">{escape(format_value(run.bits_per_dim))}</td>'
             f'<td class="number">{escape(format_seconds(run.seconds))}</td>'
+            + (f'<td class="number">{escape(format_value(run.num_params))}</td>' if with_params else "")
+            + (f'<td class="number">{escape(_milliseconds(run))}</td>' if with_draws else "")
         )
     return grid(
         '<th>model</th><th>bound</th><th class="number">nats per datum</th>'
         f'<th class="chart">{"" if alone else "larger is better →"}</th>'
-        '<th class="number">bits/dim</th><th class="number">time</th>',
+        '<th class="number">bits/dim</th><th class="number">training</th>'
+        + ('<th class="number">parameters</th>' if with_params else "")
+        + ('<th class="number">per sample</th>' if with_draws else ""),
         rows,
     )
+
+
+def _milliseconds(run: RunEntry) -> str:
+    draw = run.seconds_per_sample
+    return format_value(draw) if draw is None else f"{format_value(1000 * draw)} ms"
 
 
 def _dot(run: RunEntry, low: float, high: float) -> str:

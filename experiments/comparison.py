@@ -1,0 +1,174 @@
+"""Runs of several families side by side: each trained by its own experiment, all in one table on one page.
+
+What a row says beyond its nats is read from the run directory, by the functions that the run exported: no row knows
+its model's code.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.table import Table
+
+import vdiff as vd
+from experiments import runs, settings
+from vdiff import report
+
+NUM_DRAWS = 20
+
+
+class Family(NamedTuple):
+    """Hold how one row of a comparison is made.
+
+    Attributes:
+        name: of the run's folder.
+        label: the model, as the table has it.
+        experiment: a module with `run: (config) -> result`.
+        config: the settings.
+        metric: the number of the result by which it is compared: log_prob, or elbo where that is all there is.
+        caption: one sentence below its picture.
+    """
+
+    name: str
+    label: str
+    experiment: ModuleType
+    config: runs.RunConfig
+    metric: str
+    caption: str
+
+
+class Cost(NamedTuple):
+    """Hold what a trained model costs its user, by its exported functions.
+
+    Attributes:
+        num_params: how many numbers were learned.
+        draw: seconds a sample takes, of NUM_DRAWS in one call.
+        judge: seconds that log p(x) of a datum takes, by the estimate that judged the run, or one draw of its bound.
+    """
+
+    num_params: int
+    draw: float
+    judge: float
+
+
+def train(families: Sequence[Family], directory: Path) -> list[tuple[Family, dict[str, Any]]]:
+    """Run each family's experiment, or find it done with the same settings; returns each with its result."""
+    results = []
+    for family in families:
+        runs.console.rule(family.label)
+        config = dataclasses.replace(family.config, run_dir=directory / family.name)
+        if _is_done(config):
+            runs.console.print(f"found    {config.run_dir}")
+            result = json.loads((config.run_dir / "result.json").read_text())
+        else:
+            result = family.experiment.run(config)
+        results.append((family, result))
+    return results
+
+
+def _is_done(config: runs.RunConfig) -> bool:
+    """Whether a run directory holds these settings and all that a finished run writes, its functions last."""
+    is_finished = (config.run_dir / "exported" / "manifest.json").exists()
+    return is_finished and not settings.differences(config, config.run_dir)
+
+
+def cost_of(directory: Path) -> Cost:
+    """Time a finished run's exported functions, compiled before, the fastest of three calls.
+
+    Args:
+        directory: the run directory; it has a sampler, whose draw is judged.
+
+    Returns:
+        The `Cost`.
+    """
+    run = vd.load_run(directory)
+    keys = jax.random.split(jax.random.key(0), NUM_DRAWS)
+    draw = _seconds(lambda: run.sample(keys, run.ema)) / NUM_DRAWS
+    x = run.sample(keys[0], run.ema)[0]
+    log_prob = run.log_prob or run.elbo_estimate
+    judge = _seconds(lambda: log_prob(keys[0], run.ema, x))
+    return Cost(sum(leaf.size for leaf in jax.tree.leaves(run.ema)), draw, judge)
+
+
+def draw_row(directory: Path, path: Path) -> Path:
+    """Picture NUM_DRAWS binary images of a finished run in a row, from its exported sampler."""
+    run = vd.load_run(directory)
+    x, _ = run.sample(jax.random.split(jax.random.key(1), NUM_DRAWS), run.ema)
+    return report.image_grid(np.asarray(x, np.float32), path, columns=NUM_DRAWS)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def entry_of(
+    family: Family, result: dict[str, Any], picture: Path, cost: Cost | None = None
+) -> report.RunEntry:
+    """Make a family's row."""
+    nats = result["metrics"][family.metric]
+    bits = result["metrics"].get("bits_per_dim", {}).get("value")
+    return report.RunEntry(
+        data=family.config.data,
+        model=family.label,
+        bound=nats["bound"],
+        nats=nats["value"],
+        std_error=nats["std_error"],
+        bits_per_dim=bits,
+        seconds=result["seconds"]["training"],
+        report=Path(family.name) / "report.html",
+        picture=picture,
+        caption=family.caption,
+        num_params=cost and cost.num_params,
+        seconds_per_sample=cost and cost.draw,
+    )
+
+
+def print_table(entries: Sequence[report.RunEntry]) -> None:
+    """Print the rows, one table."""
+    with_costs = any(entry.num_params is not None for entry in entries)
+    more = ("parameters", "ms per sample") if with_costs else ()
+    table = Table("model", "bound", "nats per datum", "bits/dim", "seconds", *more)
+    for entry in entries:
+        row = [
+            entry.model,
+            entry.bound,
+            report.format_value(entry.nats, entry.std_error),
+            report.format_value(entry.bits_per_dim),
+            f"{entry.seconds:.1f}",
+        ]
+        if with_costs:
+            draw = entry.seconds_per_sample
+            row += [report.format_value(entry.num_params), report.format_value(draw and 1000 * draw)]
+        table.add_row(*row)
+    runs.console.print(table)
+
+
+def markdown(entries: Sequence[report.RunEntry], commands: Sequence[str]) -> str:
+    """Write the rows as a table of Markdown, the command beside each."""
+    head = ("model", "parameters", "training", "bound", "nats", "bits/dim", "ms per sample", "command")
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for entry, command in zip(entries, commands, strict=True):
+        cells = (
+            entry.model,
+            report.format_value(entry.num_params),
+            report.format_seconds(entry.seconds),
+            entry.bound,
+            report.format_value(entry.nats, entry.std_error),
+            report.format_value(entry.bits_per_dim),
+            report.format_value(1000 * entry.seconds_per_sample),
+            f"`{command}`",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,87 @@
+"""Rows of a comparison: found when done, told apart by settings, costs by the exported functions."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+
+import vdiff as vd
+from experiments import comparison, runs, settings
+from vdiff import report
+
+NATS = {"value": -3.0, "std_error": 0.1, "bound": "exact", "unit": "nats per datum", "num_data": 5}
+RESULT = {"metrics": {"log_prob": NATS, "bits_per_dim": {"value": 1.5}}, "seconds": {"training": 7.0}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(runs.RunConfig):
+    width: int = 4
+
+
+def coin(calls):
+    """An experiment whose model is three fair coins."""
+
+    def run(config):
+        calls.append(config)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        settings.record(config, config.run_dir)
+        (config.run_dir / "result.json").write_text(json.dumps(RESULT))
+        params = vd.Params(theta={"logit": jnp.zeros(()), "unused": jnp.zeros((2, 3))})
+
+        def sample(key, params):
+            return jax.random.bernoulli(key, jax.nn.sigmoid(params.theta["logit"]), (2, 2, 1)).astype(
+                jnp.uint8
+            ), ()
+
+        def log_prob(key, params, x):
+            return 4 * jax.nn.log_sigmoid(params.theta["logit"])
+
+        functions = {"sample": sample, "log_prob": log_prob}
+        vd.export_run(config.run_dir, params, params, functions, x=jnp.zeros((2, 2, 1), jnp.uint8))
+        return RESULT
+
+    return SimpleNamespace(run=run)
+
+
+def test_what_was_trained_with_the_same_settings_is_found(tmp_path):
+    calls = []
+    family = comparison.Family("coin", "Coins", coin(calls), Config(), "log_prob", "c")
+    first = comparison.train([family], tmp_path)
+    assert comparison.train([family], tmp_path) == first == [(family, RESULT)]
+    assert len(calls) == 1 and calls[0].run_dir == tmp_path / "coin"
+    comparison.train([family._replace(config=Config(width=5))], tmp_path)
+    assert len(calls) == 2
+    (tmp_path / "coin/exported/manifest.json").unlink()  # as a run that was killed before it had exported all
+    comparison.train([family._replace(config=Config(width=5))], tmp_path)
+    assert len(calls) == 3
+
+
+def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
+    family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
+    [(_, result)] = comparison.train([family], tmp_path)
+    cost = comparison.cost_of(tmp_path / "coin")
+    assert cost.num_params == 7 and 0 < cost.draw < 1 and 0 < cost.judge < 1
+    picture = comparison.draw_row(tmp_path / "coin", tmp_path / "coin.png")
+    entry = comparison.entry_of(family, result, picture, cost)
+    assert entry[1:7] == ("Coins", "exact", -3.0, 0.1, 1.5, 7.0) and entry.report == Path("coin/report.html")
+    assert entry.num_params == 7 and entry.seconds_per_sample == cost.draw
+    page = report.write_index(tmp_path / "index.html", title="t", lead="l", runs=[entry]).read_text()
+    assert "parameters" in page and ">7<" in page
+
+    head, _, row = comparison.markdown([entry], ["python -m coin"]).splitlines()
+    assert head.count("|") == row.count("|")
+    assert row.startswith("| Coins | 7 | 7.0 s | exact | −3.00 ± 0.10 | 1.500 |")
+    assert row.endswith("| `python -m coin` |")
+    comparison.print_table([entry])
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):
+    family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
+    [(_, result)] = comparison.train([family], tmp_path)
+    picture = comparison.draw_row(tmp_path / "coin", tmp_path / "coin.png")
+    comparison.print_table([comparison.entry_of(family, result, picture)])
+    assert "parameters" not in capsys.readouterr().out

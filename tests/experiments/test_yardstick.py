@@ -1,0 +1,71 @@
+"""One yardstick: every family on the same bits, in one table, by its own experiment."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import vdiff as vd
+from experiments import runs, training, yardstick
+
+
+def config_of(directory, *families, **changes):
+    return dataclasses.replace(
+        yardstick.PRESETS["smoke"][1], run_dir=directory, families=families, eval_images=20, **changes
+    )
+
+
+@pytest.mark.parametrize("size", ["smoke", "digits", "mnist"])
+def test_every_family_has_settings_of_each_size(size):
+    made = yardstick.families_of(yardstick.Config(size=size, data="my.npz", seed=3, eval_images=50))
+    assert [family.name for family in made] == list(yardstick.ROWS)
+    for family in made:
+        runs.check_settings(family.config)
+        assert (family.config.data, family.config.seed, family.config.eval_images) == ("my.npz", 3, 50)
+        assert getattr(family.config, "likelihood", "bernoulli") == "bernoulli"
+
+
+def test_families_are_those_asked_for_in_their_order(tmp_path):
+    made = yardstick.families_of(config_of(tmp_path, "vae", "made"))
+    assert [family.name for family in made] == ["vae", "made"]
+
+
+@pytest.mark.slow
+def test_all_are_judged_on_the_same_bits(tmp_path, monkeypatch):
+    judged = {}
+
+    def transformed(transform, key, images):
+        bits = vd.evaluate.evaluate(lambda key, params, x: transform(key, x), key, vd.Params(), images)
+        raise InterruptedError(bits)
+
+    monkeypatch.setattr(training, "transformed", transformed)
+    for family in yardstick.families_of(config_of(tmp_path, seed=5)):
+        with pytest.raises(InterruptedError) as caught:
+            family.experiment.run(dataclasses.replace(family.config, run_dir=tmp_path / family.name))
+        judged[family.name] = caught.value.args[0]
+    assert len(judged) == len(yardstick.ROWS)
+    for name, bits in judged.items():
+        assert bits.shape[0] == 20 and set(np.unique(bits)) == {0, 1}
+        np.testing.assert_array_equal(bits, judged["vae"], err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_page_compares_what_was_trained_once(tmp_path, monkeypatch, capsys):
+    page = yardstick.run(config_of(tmp_path, "made", "vae"))
+    text, table = page.read_text(), (tmp_path / "table.md").read_text()
+    for name, label, bound in (("made", "MADE", "exact"), ("vae", "VAE, ELBO", "importance")):
+        assert f'href="{name}/report.html"' in text and label in text
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+        [row] = [line for line in table.splitlines() if line.startswith(f"| {label} |")]
+        assert (
+            bound in row and f"`python -m experiments.yardstick smoke --data digits --families {name}`" in row
+        )
+    assert "autoregressive" in text and "q(z | x)" in text and "ms" in text
+    capsys.readouterr()
+    yardstick.run(config_of(tmp_path, "made", "vae"))
+    assert capsys.readouterr().out.count("found") == 2
+
+
+def test_data_that_is_not_there_is_refused(tmp_path, capsys):
+    assert runs.exit_code(yardstick.run, config_of(tmp_path / "run", data="nowhere")) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "run").exists()
