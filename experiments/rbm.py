@@ -59,7 +59,7 @@ PRESETS = {
         Config(num_steps=6000, learning_rate=3e-3, log_every=50),
     ),
     "mnist": (
-        "twenty minutes on two cores: binarised MNIST, 500 hidden bits",
+        "tens of minutes: binarised MNIST, 500 hidden bits",
         Config(
             data="mnist",
             num_hidden=500,

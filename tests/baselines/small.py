@@ -8,7 +8,7 @@ import numpy as np
 
 from vdiff.baselines import rbm
 
-MODEL = rbm((3, 2), 4, num_steps=50)
+MODEL = rbm((3, 2), 4, init_scale=0.01, num_steps=50)
 
 
 def moved(model, scale, seed=1):

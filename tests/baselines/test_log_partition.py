@@ -90,6 +90,7 @@ def test_the_sum_is_safe_where_its_terms_overflow_and_where_they_vanish():
         assert float(jax.jit(exact_log_partition(MODEL))(params)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_two_sides_hold_log_z_between_them():
     """Each on its own side within three of its standard errors; the means of single log-weights strictly so."""
     below, above = forward(), reverse()
@@ -101,6 +102,7 @@ def test_the_two_sides_hold_log_z_between_them():
     assert above.value == pytest.approx(log_z(), abs=5 * float(above.std_error))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimate", "sign"), [(forward, 1.0), (reverse, -1.0)])
 def test_weights_are_unbiased(estimate, sign):
     """E exp(w - log Z) = 1, and of 1/Z in reverse; known to 2 %."""
@@ -110,6 +112,7 @@ def test_weights_are_unbiased(estimate, sign):
     assert abs(ratio.mean() - 1) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("estimate", "sign"), [(forward, 1.0), (reverse, -1.0)])
 def test_value_error_and_effective_number_are_those_of_the_weights(estimate, sign):
     found = estimate()

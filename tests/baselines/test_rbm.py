@@ -81,7 +81,7 @@ def test_a_sweep_keeps_the_model_and_is_its_own_reversal():
 
 def test_samples_are_the_models_pairs():
     x, h = jax.jit(jax.vmap(small.MODEL.sample, in_axes=(0, None)))(
-        jax.random.split(jax.random.key(2), 30_000), small.PARAMS
+        jax.random.split(jax.random.key(2), 10_000), small.PARAMS
     )
     assert x.dtype == jnp.int32 and x.shape[1:] == (3, 2) and h.dtype == bool and h.shape[1:] == (4,)
     joint = small.joint() / small.joint().sum()

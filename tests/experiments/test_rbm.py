@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def config_of(directory, **changes):
-    settings = {"num_hidden": 12, "num_steps": 120, "learning_rate": 1e-2, "eval_images": 60, "num_sweeps": 2}
+    settings = {"num_hidden": 12, "num_steps": 120, "learning_rate": 2e-2, "eval_images": 60, "num_sweeps": 2}
     settings |= {"temperatures": 100, "chains": 100, "sample_sweeps": 100, "batch_size": 32}
     return rbm.Config(run_dir=directory, log_every=3, checkpoint_every=60, **(settings | changes))
 
@@ -40,7 +40,7 @@ def test_it_trains_and_its_log_prob_is_the_exact_one(tmp_path):
         return float(np.mean(-free_energy(params, test)) - log_z)
 
     assert metrics["log_prob_exact"]["value"] == pytest.approx(exact(state.ema), abs=1e-3)
-    assert exact(state.ema) > exact(like.params)
+    assert exact(state.ema) > exact(like.params) + 0.5
     for name, log_z in (("log_prob", "log_z"), ("log_prob_reverse", "log_z_reverse")):
         found = metrics[name]
         assert set(found) == {"value", "std_error", "unit", "bound", "num_data"} and found["num_data"] == 60
@@ -56,7 +56,7 @@ def test_it_trains_and_its_log_prob_is_the_exact_one(tmp_path):
 
 
 def test_contrastive_chains_start_at_the_data(tmp_path):
-    """Two steps of CD: nothing is kept from one to the next, and draws start from training images."""
+    """A step of CD keeps nothing for the next."""
     config = config_of(tmp_path / "run", algorithm="contrastive")
     problem = rbm.build(config)
     optimizer = training.optimizer_of(config)
@@ -64,8 +64,6 @@ def test_contrastive_chains_start_at_the_data(tmp_path):
     start = vd.init_state(jax.random.key(0), problem.model, optimizer)
     state, metrics = step(start, (problem.dataset.train[:32] > 8).astype(np.int32))
     assert state.aux == () and set(metrics) >= {"free_energy_difference", "objective"}
-    draws = rbm.drawn(config, problem, jax.random.key(1), state, 3)
-    assert draws.shape == (3, 8, 8, 1) and set(np.unique(draws)) == {0, 1}
 
 
 def test_one_chain_is_refused(tmp_path, capsys):

@@ -58,7 +58,7 @@ def rbm(
     num_hidden: int,
     *,
     visible_bias: ArrayLike = 0.0,
-    init_scale: float = 0.01,
+    init_scale: float = 0.1,
     num_steps: int = 1000,
 ) -> RBM:
     """Build a restricted Boltzmann machine.
@@ -67,7 +67,8 @@ def rbm(
         shape: of x, e.g. (28, 28, 1).
         num_hidden: how many bits are hidden.
         visible_bias: where b starts, [*shape] or a number; the logit of each pixel's mean is a good start.
-        init_scale: standard deviation of the weights at the start; c starts at zero.
+        init_scale: standard deviation of the weights at the start; c starts at zero. Far smaller ones are slow to part,
+            since all hidden bits then get the same noise of the pixels' means, which Adam scales up.
         num_steps: length of the chain behind `sample`, which starts from independent pixels with the logits b.
 
     Returns:
