@@ -49,12 +49,13 @@ class Cost(NamedTuple):
     Attributes:
         num_params: how many numbers were learned.
         draw: seconds a sample takes, of NUM_DRAWS in one call.
-        judge: seconds that log p(x) of a datum takes, by the estimate that judged the run, or one draw of its bound.
+        judge: seconds that log p(x) of a datum takes, by the estimate that judged the run, or one draw of its bound; None
+            where neither is a function of the parameters alone, as under an RBM's log Z.
     """
 
     num_params: int
     draw: float
-    judge: float
+    judge: float | None
 
 
 def train(families: Sequence[Family], directory: Path) -> list[tuple[Family, dict[str, Any]]]:
@@ -92,7 +93,7 @@ def cost_of(directory: Path) -> Cost:
     draw = _seconds(lambda: run.sample(keys, run.ema)) / NUM_DRAWS
     x = run.sample(keys[0], run.ema)[0]
     log_prob = run.log_prob or run.elbo_estimate
-    judge = _seconds(lambda: log_prob(keys[0], run.ema, x))
+    judge = None if log_prob is None else _seconds(lambda: log_prob(keys[0], run.ema, x))
     return Cost(sum(leaf.size for leaf in jax.tree.leaves(run.ema)), draw, judge)
 
 
