@@ -49,8 +49,8 @@ class Cost(NamedTuple):
     Attributes:
         num_params: how many numbers were learned.
         draw: seconds a sample takes, of NUM_DRAWS in one call.
-        judge: seconds that log p(x) of a datum takes, by the estimate that judged the run, or one draw of its bound; None
-            where neither is a function of the parameters alone, as under an RBM's log Z.
+        judge: seconds that log p(x) of a datum takes, by the estimate that judged the run, or one draw of its bound;
+            None where neither is a function of the parameters alone, as under an RBM's log Z.
     """
 
     num_params: int
