@@ -1,8 +1,13 @@
 """How the processes of one experiment find each other: by the cluster that started them, or by plain flags."""
 
+import secrets
+from pathlib import Path
+
 import jax
 import rich
 from rich.console import Console
+
+from vdiff.train.hosts import from_first, is_first, largest
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # A process that was silent for so long is taken for dead, and the others end.
@@ -65,6 +70,33 @@ def join(
     if jax.process_index() > 0:
         for console in (rich.get_console(), *consoles):
             console.quiet = True
+
+
+def check_shared(directory: Path) -> None:
+    """Refuse a directory that not all processes see, in all of them; asks nobody where there is one.
+
+    Raises:
+        OSError: if the first process cannot write there.
+        ValueError: in the others, and if one of them does not see what the first wrote.
+    """
+    if jax.process_count() == 1:
+        return
+    number, refused = 0, None
+    if is_first():
+        # Drawn, so that a file of this name is there for one reason only.
+        number = secrets.randbelow(2**31)
+        try:
+            (directory / f"{number}.tmp").touch()
+        except OSError as error:
+            refused = error
+    mark = directory / f"{from_first(number)}.tmp"
+    blind = largest(-1 if mark.exists() else jax.process_index())
+    if is_first():
+        mark.unlink(missing_ok=True)
+    if refused or blind >= 0:
+        raise refused or ValueError(
+            f"run_dir: got {directory}, which process {blind} does not see, expected a disk that all share"
+        )
 
 
 def part() -> None:

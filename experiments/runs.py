@@ -12,8 +12,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -31,6 +33,8 @@ from vdiff.train.hosts import is_first, largest
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# What JAX says when another process cannot be reached: from its collectives, or from its coordination service.
+_GONE = re.compile("gloo|nccl|coordination|another task|heartbeat|connection|socket|barrier", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,14 +192,23 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
         where = f": {config.run_dir}" if error.errno and not error.filename else ""
         errors.print(f"[bold red]failed[/] {_plain(error)}{_plain(where)}")
         return 1
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        is_of_jax, line = isinstance(error, jax.errors.JaxRuntimeError), str(error).partition("\n")[0]
+        if is_of_jax and "RESOURCE_EXHAUSTED" in line:
+            errors.print(
+                f"[bold red]failed[/] the device's memory is full ({_plain(line)}); --accumulate N holds the "
+                "activations of a part of the batch, --remat fewer of them, --parallel fsdp a part of the state"
+            )
+        elif jax.process_count() == 1:
             raise
-        line = str(error).splitlines()[0]
-        errors.print(
-            f"[bold red]failed[/] another process of this run is gone ({_plain(line)}); start all of them again: "
-            "the same command goes on from the last checkpoint"
-        )
+        elif is_of_jax and _GONE.search(str(error)):
+            errors.print(
+                f"[bold red]failed[/] another process of this run is gone ({_plain(line)}); start all of them again: "
+                "the same command goes on from the last checkpoint"
+            )
+        else:
+            # Raised, it would wait at the end for the others, which wait for this one.
+            traceback.print_exc()
         return 1
     return 0
 
@@ -250,7 +263,7 @@ def open_run(config: RunConfig) -> Path:
         return directory
     if not (directory / "config.json").exists():
         # A temporary one is left by a run killed as it began.
-        if directory.is_dir() and {path.name for path in directory.iterdir()} - {"config.tmp"}:
+        if directory.is_dir() and any(path.suffix != ".tmp" for path in directory.iterdir()):
             raise ValueError(
                 f"run_dir: got {directory}, which holds files but no run, expected an empty or new directory; "
                 "choose another --run-dir"

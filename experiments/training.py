@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vdiff as vd
 from experiments import hosts, performance, runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
-from vdiff.train.hosts import is_first, largest, on_one_device
+from vdiff.train.hosts import from_first, is_first, largest, on_one_device
 from vdiff.train.loop import default_steps_per_call
 from vdiff.train.profile import traced
 from vdiff.types import PyTree
@@ -76,7 +77,8 @@ def train(
         unit: of the objective, for the progress bar.
 
     Returns:
-        The trained `TrainState`.
+        The trained `TrainState`, without the optimizer's: ema on this process's first device, params on the host. Until
+        then no device holds more of a state than the step puts there.
 
     Raises:
         Refused: if the input does not fit, or the checkpoint cannot be read.
@@ -86,6 +88,9 @@ def train(
         OSError: if the disk does not take a checkpoint.
     """
     checkpoints = directory / "checkpoints"
+    # Apart, since a process that refuses its input in the same block would leave the others waiting here.
+    with runs.refusing():
+        hosts.check_shared(directory)
     with runs.refusing():
         optimizer = optimizer_of(config) if optimizer is None else optimizer
         parts = {"ema_decay": config.ema_decay, "batching": batching, "combine": combine}
@@ -100,17 +105,22 @@ def train(
         batches = runs.as_refused()(
             vd.data.batches(images, config.batch_size, config.seed, permutation=shuffle, share=share)
         )
-        state = vd.init_state(jax.random.key(config.seed), model, optimizer, aux=aux)
-        at_start = objective.at(state.step) if isinstance(objective, vd.Scheduled) else objective
+        key = jax.random.key(config.seed)
+        shapes = jax.eval_shape(lambda: vd.init_state(key, model, optimizer, aux=aux))
+        at_start = objective.at(jnp.int32(0)) if isinstance(objective, vd.Scheduled) else objective
         one = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
         position = jax.ShapeDtypeStruct((1,), np.int32)
-        slot = jax.tree.map(lambda leaf: leaf[:1], state.aux)
-        jax.eval_shape(batching(at_start), state.key, state.params, one, position, slot)
-        if vd.latest_step(checkpoints) is not None:
-            state = vd.restore(checkpoints, state, on_skip=runs.tell)
+        slot = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), shapes.aux)
+        jax.eval_shape(batching(at_start), key, shapes.params, one, position, slot)
+        step.place(batches(0)[None])
+    is_begun = from_first(vd.latest_step(checkpoints) is not None)
+    with runs.refusing():
+        if is_begun:
+            state = vd.restore(checkpoints, shapes, shardings=step.shardings, on_skip=runs.tell)
         elif config.resume == "must":
             raise ValueError(f"resume: got must, but {checkpoints} holds no checkpoint; use --resume auto")
-        step.place(batches(0)[None])
+        else:
+            state = vd.init_state(key, model, optimizer, aux=aux, shardings=step.shardings)
         kept = settings.record(config, directory) if is_first() else None
         if kept is not None:
             runs.tell(
@@ -141,13 +151,22 @@ def train(
         if is_first():
             runs.write_json(directory / "performance.json", costs)
         number = largest(stop.received or 0)
-    state = on_one_device(state)
+    if not number:
+        state = _gathered(state)
     hosts.part()
     if number:
         raise runs.Stopped(number)
     if not is_first():
         raise runs.Finished
-    return state
+    return state._replace(ema=jax.device_put(state.ema))
+
+
+def _gathered(state: vd.TrainState) -> vd.TrainState:
+    """Bring what is judged and kept to the host, a leaf at a time, and let go of what only training needs."""
+    params, ema = (
+        jax.tree.map(lambda leaf: np.asarray(on_one_device(leaf)), tree) for tree in (state.params, state.ema)
+    )
+    return on_one_device(state._replace(params=params, ema=ema, opt_state=()))
 
 
 def _fitted(
@@ -238,7 +257,11 @@ def compiled_step(config: runs.RunConfig, step: vd.train.step.TrainStep) -> vd.t
     if config.parallel == "pmap":
         return vd.pmap_step(step)
     if config.parallel == "fsdp":
-        return vd.fsdp_step(step, vd.data_mesh(model=config.split_features))
+        try:
+            mesh = vd.data_mesh(model=config.split_features)
+        except ValueError as error:
+            raise ValueError("split_features" + str(error).removeprefix("model")) from error
+        return vd.fsdp_step(step, mesh)
     return vd.jit_step(step, vd.data_mesh() if jax.device_count() > 1 else None)
 
 

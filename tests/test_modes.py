@@ -51,9 +51,12 @@ PAIRS = [("sgd", case) for case in CASES] + [("adam", case) for case in FEWER]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-def build(width=16, depth=1):
-    """A transformer that takes noise off, every weight of it at work: none starts at zero."""
-    network = vd.nets.dit(SHAPE, patch=4, width=width, depth=depth, heads=2)
+def transformer(width=16, depth=1):
+    return vd.nets.dit(SHAPE, patch=4, width=width, depth=depth, heads=2)
+
+
+def build(network):
+    """A network that takes noise off, every weight of it at work: none starts at zero."""
 
     def init(key):
         leaves, structure = jax.tree.flatten(network.init(key))
@@ -96,23 +99,27 @@ def largest_share(tree):
     return {"largest": max(shares, default=1.0), "num_split": len(shares)}
 
 
+def split_of(state):
+    return state.params, state.ema, state.opt_state
+
+
 def compare():
-    model, objective = build()
+    model, objective = build(transformer())
     data = np.random.default_rng(0).normal(size=(NUM_STEPS, BATCH_SIZE, *SHAPE)).astype(np.float32)
-    found = {"distance": {}, "share": {}, "collectives": {}, "moved": {}}
+    found = {"distance": {}, "share": {}, "started": {}, "collectives": {}, "moved": {}}
     for name, make in OPTIMIZERS.items():
         optimizer = make()
 
-        def trained(step, optimizer=optimizer):
-            state = vd.init_state(jax.random.key(0), model, optimizer)
+        def start(shardings=None, optimizer=optimizer):
+            return vd.init_state(jax.random.key(0), model, optimizer, shardings=shardings)
+
+        def trained(step, state):
             for x in data:
                 state, _ = step(state, x)
             return state
 
         plain = vd.make_train_step(objective, optimizer, batching=vd.stratified)
-        start = vd.init_state(jax.random.key(0), model, optimizer)
-        end = numbers(trained(vd.jit_step(plain)))
-        began = numbers(start)
+        began, end = numbers(start()), numbers(trained(vd.jit_step(plain), start()))
         found["moved"][name] = min(
             float(np.linalg.norm(end[path] - began[path]) / np.linalg.norm(end[path]))
             for path in end
@@ -120,18 +127,36 @@ def compare():
         )
         for case in CASES if name == "sgd" else FEWER:
             step = compiled(objective, optimizer, *CASES[case])
-            state = trained(step)
+            if name == "adam":
+                state = start(step.shardings)
+                found["started"][case] = distance(numbers(state), began), largest_share(split_of(state))
+            state = trained(step, state if name == "adam" else start())
             found["distance"][f"{name}, {case}"] = distance(numbers(state), end)
-            found["share"][f"{name}, {case}"] = largest_share((state.params, state.ema, state.opt_state))
+            found["share"][f"{name}, {case}"] = largest_share(split_of(state))
             if name == "sgd" and case in COUNTED:
-                text = step.lower(start, data[:1]).compile().as_text()
+                text = step.lower(start(), data[:1]).compile().as_text()
                 loops = [text, text[text.index("\nENTRY ") :]]
                 found["collectives"][case] = [collectives(part) for part in loops]
     return found
 
 
+def compare_convolutions():
+    """Three steps of a U-Net, whole on one device and with its blocks split along both axes."""
+    model, objective = build(vd.nets.unet(SHAPE, features=(16,), attention=(), patch=2))
+    data = np.random.default_rng(0).normal(size=(3, BATCH_SIZE, *SHAPE)).astype(np.float32)
+    optimizer, states = optax.sgd(1e-3), []
+    plain = vd.jit_step(vd.make_train_step(objective, optimizer, batching=vd.stratified))
+    for step in (plain, compiled(objective, optimizer, 4, 2, 1, True)):
+        state = vd.init_state(jax.random.key(0), model, optimizer)
+        for x in data:
+            state, _ = step(state, x)
+        states.append(state)
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(states[1].params)]
+    return distance(*map(numbers, reversed(states))), sum("model" in spec for spec in specs)
+
+
 def refusals():
-    model, objective = build()
+    model, objective = build(transformer())
     optimizer = optax.sgd(1.0)
     state, x = vd.init_state(jax.random.key(0), model, optimizer), np.zeros((24, *SHAPE), np.float32)
     messages = {}
@@ -151,7 +176,7 @@ def refusals():
 
 def memory():
     """The bytes of the state on one device of n, from the compiler; nothing is run."""
-    model, objective = build(width=256, depth=2)
+    model, objective = build(transformer(width=256, depth=2))
     optimizer = optax.adam(1e-3)
     state = jax.eval_shape(lambda: vd.init_state(jax.random.key(0), model, optimizer))
     batch = jax.ShapeDtypeStruct((1, 64, *SHAPE), np.float32)
@@ -164,6 +189,10 @@ def memory():
             "state": analysis.argument_size_in_bytes - share,
             "updated in place": analysis.alias_size_in_bytes,
         }
+        make = jax.jit(lambda key: vd.init_state(key, model, optimizer), out_shardings=step.shardings(state))
+        analysis = make.lower(jax.random.key(0)).compile().memory_analysis()
+        found[str(n)]["start"] = analysis.output_size_in_bytes
+        found[str(n)]["start, temporary"] = analysis.temp_size_in_bytes
     return found
 
 
@@ -205,6 +234,21 @@ def test_a_device_holds_its_slice(eight, optimizer, case):
     assert eight["compare"]["share"][f"{optimizer}, {case}"] == (split if is_split else whole)
 
 
+@pytest.mark.parametrize("case", FEWER)
+def test_a_split_start_is_the_same_start(eight, case):
+    """Each device made its slice of what one makes, bit for bit."""
+    num_data, _, _, is_split = CASES[case]
+    split = {"largest": 1 / num_data, "num_split": 13 * 4}
+    assert eight["compare"]["started"][case] == [0.0, split if is_split else {"largest": 1.0, "num_split": 0}]
+
+
+@pytest.mark.long
+def test_convolutions_are_split_by_their_features():
+    """Both of each of three blocks: one down, one in the middle, one up."""
+    gap, num_split = measured(8, "compare_convolutions")["compare_convolutions"]
+    assert gap < LARGEST_DISTANCE and num_split == 6
+
+
 @pytest.mark.parametrize("case", COUNTED)
 def test_gradients_are_reduced_once(eight, case):
     """Under jit one all-reduce in all; under fsdp one reduce-scatter of each split leaf; none in a loop over parts."""
@@ -235,6 +279,9 @@ def test_bytes_per_device_fall_as_one_over_n():
         share = found["state"] / n
         assert share <= found[str(n)]["state"] <= share + 0.002 * found["state"], n
         assert found[str(n)]["updated in place"] >= 0.99 * found[str(n)]["state"], n
+        # Of the start, too; and while it is made no more than that besides.
+        assert share <= found[str(n)]["start"] <= share + 0.002 * found["state"], n
+        assert found[str(n)]["start, temporary"] <= found[str(n)]["start"], n
 
 
 if __name__ == "__main__":

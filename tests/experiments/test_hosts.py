@@ -45,9 +45,12 @@ def wait_for_a_step_after(directory, step, processes):
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory):
-    """Two processes, of which one is told to stop; four, of which one is killed; one, to the end."""
+    """Two processes, of which one is told to stop; four, of which one is killed; one, to the end.
+
+    The two split the state, the four have it whole, the last maps the step over its two devices: one run.
+    """
     directory = tmp_path_factory.mktemp("several") / "run"
-    processes, log = start(directory, 2, "two")
+    processes, log = start(directory, 2, "two", "--parallel", "fsdp")
     wait_for_a_step_after(directory, 0, processes)
     processes[1].send_signal(signal.SIGTERM)
     told = hosts.wait(processes, log)
@@ -59,7 +62,7 @@ def story(tmp_path_factory):
     killed = hosts.wait(processes, log)
     killed_at = vd.latest_step(directory / "checkpoints")
 
-    processes, log = start(directory, 1, "one")
+    processes, log = start(directory, 1, "one", "--parallel", "pmap")
     return directory, told, stopped_at, killed, killed_at, hosts.wait(processes, log)
 
 
@@ -133,11 +136,14 @@ def test_none_waits_for_one_that_loses_its_data(tmp_path):
     assert vd.latest_step(tmp_path / "run/checkpoints") >= 50
 
 
-def test_pmap_is_for_one_host(tmp_path):
-    of = arguments(tmp_path / "run", 2, "--parallel", "pmap")
+def test_a_run_directory_that_not_all_see_is_refused(tmp_path):
+    """The second process has a disk of its own."""
+    of = lambda port, i: arguments(tmp_path / f"disk-{i}/run", 2)(port, i)  # noqa: E731
     codes, printed = hosts.wait(hosts.start(2, of, tmp_path / "log"), tmp_path / "log")
     assert codes == [2, 2], printed
-    assert all("got pmap for 2 processes" in text and "use --parallel jit" in text for text in printed)
+    line = "/run, which process 1 does not see, expected a disk that all share"
+    assert all(line in text for text in printed), printed
+    assert list((tmp_path / "disk-0/run").glob("*.tmp")) == []
 
 
 @pytest.mark.parametrize(

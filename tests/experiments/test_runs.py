@@ -371,3 +371,47 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert process.returncode == 143
     assert stderr.splitlines() == ["stopped at once; the same command goes on from the last checkpoint"]
     assert vd.latest_step(tmp_path / "run/checkpoints") is None
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "error", "said"),
+    [
+        (
+            1,
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n more"),
+            "--accumulate N",
+        ),
+        (
+            2,
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+            "9 bytes.); --acc",
+        ),
+        (
+            2,
+            jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed"),
+            "another process",
+        ),
+        (
+            2,
+            jax.errors.JaxRuntimeError("UNAVAILABLE: The coordination service cannot be reached"),
+            "another process",
+        ),
+        (2, jax.errors.JaxRuntimeError("INTERNAL: something else"), "Traceback"),
+        (2, RuntimeError("coordination of something else"), "Traceback"),
+        (1, RuntimeError("something else"), None),
+    ],
+)
+def test_what_is_at_fault_is_said(monkeypatch, capfd, num_processes, error, said):
+    def experiment(config):
+        raise error
+
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+    if said is None:
+        with pytest.raises(RuntimeError, match="something else"):
+            runs.exit_code(experiment, Config())
+        return
+    assert runs.exit_code(experiment, Config()) == 1
+    printed = capfd.readouterr().err
+    assert said in printed
+    assert ("another process" in said) == ("another process" in printed)
+    assert (said == "Traceback") == (len(printed.splitlines()) > 1)

@@ -151,3 +151,14 @@ def test_the_gradient_is_clipped_at_the_norm_that_was_asked_for(clip):
     scale = min(1.0, clip / 5), min(1.0, clip / 12)
     np.testing.assert_allclose(np.sort(given["model"]), np.array([-4.0, 3.0]) * scale[0], rtol=1e-5)
     np.testing.assert_allclose(given["cv"], np.array([0.0, 12.0]) * scale[1], rtol=1e-5)
+
+
+def test_devices_that_cannot_be_asked_for(monkeypatch):
+    """Named as the flags are."""
+    step = vd.make_train_step(fit_term, training.optimizer_of(config_of(None)))
+    three = jax.device_count() + 1
+    with pytest.raises(ValueError, match=rf"^split_features: got {three} for .* devices, expected a divisor"):
+        training.compiled_step(config_of(None, parallel="fsdp", split_features=three), step)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="got pmap for 2 processes, .*; use --parallel jit or fsdp"):
+        training.compiled_step(config_of(None, parallel="pmap"), step)

@@ -11,7 +11,7 @@ import vdiff as vd
 from tests.states import leaves_of, small_vae
 from tests.train import hosts
 from tests.train.host_program import CASES, OPTIMIZERS, trained
-from vdiff.train.hosts import is_first, largest, on_one_device
+from vdiff.train.hosts import from_first, is_first, largest, on_one_device
 
 # One worker runs them all: what the processes found is found once.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
@@ -23,7 +23,7 @@ LARGEST_DISTANCE = 2e-6
 def alone(optimizer):
     """What one process computes on one device."""
     model, images = small_vae()
-    state, rows = trained(model, images, OPTIMIZERS[optimizer], vd.jit_step)
+    _, state, rows = trained(model, images, OPTIMIZERS[optimizer], vd.jit_step)
     return leaves_of(state), rows
 
 
@@ -68,19 +68,50 @@ def test_processes_agree_and_one_is_first(together):
     for i, fact in enumerate(facts):
         assert fact["num_devices"] == [2 * num, 2]
         assert fact["largest"] == [10 * (num - 1), 0]
+        assert fact["from first"] == 7
         assert fact["is_first"] == (i == 0)
         assert fact["alone"]
+
+
+def test_what_is_split_is_gathered_by_one_program_a_shape(together):
+    """Compiled at the first call: a few, as params, ema and Adam's moments have leaves of the same shapes."""
+    _, _, facts = together
+    for fact in facts:
+        assert fact["split"] > 0 and 0 < fact["compiled for gathering"] < fact["split"]
+        assert fact["compiled for gathering again"] == 0
+
+
+def test_the_first_process_chooses_what_all_restore(together):
+    """From shapes, into the split state; the others sum no files."""
+    _, _, facts = together
+    assert [fact["restored, sums"] for fact in facts] == [[True, i == 0] for i in range(len(facts))]
+    for i, fact in enumerate(facts):
+        assert "whose step 20 not every process sees; expected a disk" in fact["refused"]["elsewhere"]
+        of_first = "expected a folder with a saved checkpoint; start the run anew"
+        of_others = "of which the first process restores nothing, and says why"
+        assert fact["refused"]["nowhere"].endswith(of_others if i else of_first)
 
 
 def test_a_batch_that_does_not_divide_is_refused_in_numbers_of_the_whole(together):
     num, _, facts = together
     for fact in facts:
-        line = fact["refused"]
+        line = fact["refused"]["batch"]
         assert f"got {3 * num} data for {2 * num} devices" in line
         assert f"use a batch size of {2 * num} or {4 * num}" in line
 
 
+def test_devices_of_two_processes_do_not_share_features(together):
+    """Each would give them its own rows of the batch, for the same data."""
+    num, _, facts = together
+    for fact in facts:
+        assert fact["refused"]["model"].endswith(
+            f"got {2 * num} for {2 * num} devices in {num} processes, expected a divisor of the devices of each; "
+            "use one of 1, 2"
+        )
+        assert fact["refused"]["across"] is not None
+
+
 def test_one_process_asks_nobody():
-    assert is_first() and largest(-3) == -3
+    assert is_first() and largest(-3) == from_first(-3) == -3
     tree = {"x": np.arange(3.0), "key": jax.random.key(1)}
-    assert on_one_device(tree) is tree
+    assert all(on_one_device(tree)[name] is tree[name] for name in tree)

@@ -246,6 +246,27 @@ def test_a_signal_stops_after_the_call_and_the_old_handlers_return(step, number)
             signal.signal(n, handler)
 
 
+@pytest.mark.parametrize(("steps_per_call", "calls"), [(1, [10, 20]), (16, list(range(1, 26)))])
+def test_several_processes_ask_each_other_every_ten_steps_or_at_every_longer_call(
+    monkeypatch, steps_per_call, calls
+):
+    asked = []
+
+    def largest(value):
+        asked.append(number)
+        return signal.SIGTERM if number >= 20 else value
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("vdiff.train.loop.largest", largest)
+    monkeypatch.setattr("vdiff.train.loop.default_steps_per_call", lambda: steps_per_call)
+    with vd.stop_on_signals() as stop:
+        answers = {}
+        for number in range(1, 26):
+            answers[number] = stop()
+    assert asked == calls and [number for number, answer in answers.items() if answer] == list(range(20, 26))
+    assert stop.number == signal.SIGTERM and stop.received is None
+
+
 def test_a_second_signal_interrupts_at_once(step):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     reached = []

@@ -1,6 +1,7 @@
 """The parallel steps on the devices that this process has, one as a rule; test_devices.py has eight."""
 
 import contextlib
+import dataclasses
 import logging
 
 import jax
@@ -18,9 +19,9 @@ def objective(key, params, x):
     return {"fit": -jnp.sum(jnp.square(x["y"] - params.theta + jax.random.normal(key, (3,))))}
 
 
-def start():
+def start(shardings=None):
     model = vd.Model(lambda key: vd.Params(theta=jnp.zeros(3)), *[None] * 4)
-    return vd.init_state(jax.random.key(4), model, OPTIMIZER)
+    return vd.init_state(jax.random.key(4), model, OPTIMIZER, shardings=shardings)
 
 
 def build(mode):
@@ -66,13 +67,19 @@ def test_a_step_is_the_mean_gradient_and_takes_the_states_buffers(batch, mode):
 
 @pytest.mark.parametrize("mode", ["plain", "mesh", "pmap", "fsdp"])
 def test_a_step_is_compiled_once(batch, mode):
-    """A state as `init_state` makes it and one that a step returned are one and the same to the compiler."""
+    """States as `init_state` makes them, here or there, and those that a step returned are the same to the compiler."""
     step, state = build(mode), start()
-    state, _ = step(state, batch)
-    names = []
+    there, names = start(step.shardings), []
+    for leaf, same, sharding in zip(
+        *map(jax.tree.leaves, (there, state, step.shardings(state))), strict=True
+    ):
+        assert leaf.dtype == same.dtype and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    # For one device, a state that was put there is compiled for apart from one that is there by default.
+    state, there = step(state, batch)[0], step(there, batch)[0]
     with jax.log_compiles(), _collecting(names):
         for _ in range(3):
             state, _ = step(state, batch)
+            there, _ = step(there, batch)
     assert names == []
 
 
@@ -91,6 +98,25 @@ def test_batches_on_the_device_are_taken_too(batch, mode):
     from_host, _ = step(start(), batch)
     from_device, _ = step(start(), jax.tree.map(jnp.asarray, batch))
     np.testing.assert_array_equal(from_device.params.theta, from_host.params.theta)
+
+
+def test_devices_stand_in_the_order_of_their_processes(unchecked):
+    """As shares of a batch do, however JAX lists them; and none shares features with another process's."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        process_index: int
+        id: int
+
+    devices = [Device(i % 2, i) for i in (0, 3, 2, 1)]
+    assert [device.id for device in vd.data_mesh(devices=devices).devices] == [0, 2, 3, 1]
+    mesh = vd.data_mesh(model=2, devices=devices)
+    assert [[device.id for device in row] for row in mesh.devices] == [[0, 2], [3, 1]]
+    with pytest.raises(ValueError, match=r"got 4 for 4 devices in 2 processes, .* of each; use one of 1, 2$"):
+        vd.data_mesh(model=4, devices=devices)
+    uneven = [Device(0, 0), Device(0, 1), Device(1, 2)]
+    with pytest.raises(ValueError, match="got 3 for 3 devices in 2 processes, .*; use one of 1$"):
+        vd.data_mesh(model=3, devices=uneven)
 
 
 def test_a_sharded_batch_and_its_mesh(batch):
@@ -129,7 +155,8 @@ def test_run_takes_the_first_of_the_placed_batches(batch, mode):
 @pytest.mark.parametrize("mode", ["plain", "mesh", "pmap", "fsdp"])
 def test_what_lower_compiled_is_what_the_first_call_runs(batch, mode):
     """From shapes alone; its FLOPs are at least the 2 B d additions and squares of the objective."""
-    step, state, compilations = build(mode), start(), []
+    step, compilations = build(mode), []
+    state = start(step.shardings)
 
     def listen(event, duration, **kwargs):
         if event == "/jax/core/compile/backend_compile_duration":

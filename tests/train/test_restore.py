@@ -58,7 +58,7 @@ def _no_warnings():
         yield
 
 
-def test_every_bit_comes_back(saved):
+def test_every_bit_comes_back(saved, steps):
     directory, states = saved
     like = start(seed=99)
     before = jax.tree.map(jnp.copy, like)
@@ -66,6 +66,9 @@ def test_every_bit_comes_back(saved):
     equal(restored, states[10])
     equal(vd.restore(directory, like, step=5), states[5])
     equal(like, before)
+    # From shapes alone, where a step says that they lie.
+    shapes, at = jax.eval_shape(start), steps["jit"].shardings
+    equal(vd.restore(directory, shapes, shardings=at), states[10])
     assert type(restored) is vd.TrainState and type(restored.params) is vd.Params
     assert jnp.issubdtype(restored.key.dtype, jax.dtypes.prng_key)
     assert int(restored.step) == 10 == vd.latest_step(directory)
@@ -253,6 +256,8 @@ def test_the_first_format_is_read(tmp_path, has_guard):
         (folder / "sha256.json").write_text(json.dumps(sums))
     expected = skipped if has_guard else start().guard
     equal(vd.restore(tmp_path, start(seed=2)), at(10)._replace(guard=expected))
+    shardings = vd.jit_step(vd.make_train_step(tiny.MODEL.elbo_terms, tiny.OPTIMIZER)).shardings
+    equal(vd.restore(tmp_path, jax.eval_shape(start), shardings=shardings), at(10)._replace(guard=expected))
     tiny.flip(tmp_path / "10/default/_METADATA")
     lines = []
     equal(vd.restore(tmp_path, start(), on_skip=lines.append), at(5)._replace(guard=expected))

@@ -18,8 +18,8 @@ from vdiff.train.parallel import CompiledStep
 from vdiff.train.step import Metrics, TrainState
 from vdiff.types import PyTree
 
-# Asking waits for the devices: not at every call.
-_CALLS_PER_QUESTION = 10
+# Asking waits for the devices: not at every step.
+_STEPS_PER_QUESTION = 10
 
 
 class Hook(NamedTuple):
@@ -117,18 +117,20 @@ def default_steps_per_call() -> int:
 class StopSignal:
     """Remember the signal that asked the run to stop; call it to ask whether one did.
 
-    Several processes stop together: at every tenth call, which all of them make, they tell each other.
+    Several processes stop together: at every tenth call, which all of them make, they tell each other; at every one on
+    accelerators, where a call is more than ten steps by default.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.number: int | None = None
         self._num_calls = 0
+        self._calls_per_question = -(-_STEPS_PER_QUESTION // default_steps_per_call())
 
     def __call__(self) -> bool:
         """Tell whether a signal has come, to this process or to another."""
         self._num_calls += 1
-        if jax.process_count() == 1 or self._num_calls % _CALLS_PER_QUESTION == 0:
+        if jax.process_count() == 1 or self._num_calls % self._calls_per_question == 0:
             self.number = largest(self.received or 0) or None
         return self.number is not None
 

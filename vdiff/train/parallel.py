@@ -5,7 +5,9 @@ devices of one host. The state never grows a device axis, so each mode goes on f
 compute what one device computes.
 """
 
+import collections
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -45,11 +47,14 @@ class CompiledStep(NamedTuple):
         place: `(batches [n, B, ...]) -> the same on the devices`; each of several processes gives its share of B.
         lower: `(state, batches [n, B, ...]) -> jax.stages.Lowered`, what `run` compiles, from arrays or their shapes;
             `.compile()` tells its HLO, its memory and its FLOPs.
+        shardings: `(state, or its shapes) -> where the step keeps each leaf`; for `init_state` and `restore`, so that
+            a state is split from the start and no device ever holds the whole of it.
     """
 
     run: Callable[[TrainState, PyTree, int], tuple[TrainState, Metrics]]
     place: Callable[[PyTree], PyTree]
     lower: Callable[[TrainState, PyTree], jax.stages.Lowered]
+    shardings: Callable[[TrainState], TrainState]
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Take one step on a global batch [B, ...]."""
@@ -59,27 +64,35 @@ class CompiledStep(NamedTuple):
 def data_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh of all devices with the axis "data", and the axis "model" if features are to be split too.
 
+    Devices stand in the order of their processes, as the shares of a batch do.
+
     Args:
-        model: how many devices share the features of a large layer, under `fsdp_step`; a divisor of the devices.
+        model: how many devices share the features of a large layer, under `fsdp_step`; a divisor of the devices, of
+            those of each process where there are several, since devices that share features have the same data.
         devices: which devices; all when left out.
 
     Returns:
         A mesh ("data",), or ("data", "model").
 
     Raises:
-        ValueError: if `model` does not divide the number of devices.
+        ValueError: if `model` does not divide the number of devices, or that of a process's.
     """
-    devices = jax.devices() if devices is None else devices
-    if model < 1 or len(devices) % model:
-        fits = ", ".join(str(n) for n in range(1, len(devices) + 1) if len(devices) % n == 0)
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
+    of_each = collections.Counter(device.process_index for device in devices)
+    common = math.gcd(*of_each.values())
+    if model < 1 or common % model:
+        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        held = f" in {len(of_each)} processes" if len(of_each) > 1 else ""
+        of = " of the devices of each" if len(of_each) > 1 else ""
         raise ValueError(
-            f"model: got {model} for {len(devices)} devices, expected a divisor; use one of {fits}"
+            f"model: got {model} for {len(devices)} devices{held}, expected a divisor{of}; use one of {fits}"
         )
     shape, names = (len(devices) // model, model), (AXIS, MODEL_AXIS)
     num_axes = 1 if model == 1 else 2
     # Auto axes: with explicit ones, a vmap over a sharded and an unsharded input raises.
     types = (AxisType.Auto,) * num_axes
-    return jax.make_mesh(shape[:num_axes], names[:num_axes], devices=devices, axis_types=types)
+    # Not jax.make_mesh, which orders devices by how they are wired, across processes too.
+    return Mesh(np.reshape(devices, shape[:num_axes]), names[:num_axes], axis_types=types)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
@@ -88,9 +101,7 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
     Raises:
         ValueError: if B is not a multiple of the axis.
     """
-    _check_batches(batch, axis=0, num_devices=mesh.shape[AXIS])
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(split, leaf), batch)
+    return _rows_placed(NamedSharding(mesh, PartitionSpec(AXIS)), axis=0)(batch)
 
 
 def jit_step(step: TrainStep, mesh: Mesh | None = None) -> CompiledStep:
@@ -117,10 +128,17 @@ def jit_step(step: TrainStep, mesh: Mesh | None = None) -> CompiledStep:
         _check_batches(batches, axis=1, num_parts=step.num_accumulate)
         return jax.device_put(batches)
 
+    def shardings(state: TrainState) -> TrainState:
+        here = jnp.zeros(()).sharding  # where new arrays go
+        return jax.tree.map(lambda leaf: here, state)
+
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
         return compiled(state, batches, jnp.int32(count))
 
-    return CompiledStep(run, place, lambda state, batches: compiled.lower(state, batches, _COUNT))
+    def lower(state: TrainState, batches: PyTree) -> jax.stages.Lowered:
+        return compiled.lower(state, batches, _COUNT)
+
+    return CompiledStep(run, place, lower, shardings)
 
 
 def fsdp_step(step: TrainStep, mesh: Mesh, *, rules: Rules = RULES, min_size: int = MIN_SIZE) -> CompiledStep:
@@ -137,7 +155,8 @@ def fsdp_step(step: TrainStep, mesh: Mesh, *, rules: Rules = RULES, min_size: in
         min_size: leaves with fewer numbers stay whole on every device, as do those of which no axis divides.
 
     Returns:
-        A `CompiledStep`; it splits a state that is whole.
+        A `CompiledStep`; it splits a state that is whole. One that would fit no device is split from the start, by
+        `init_state(..., shardings=step.shardings)`.
 
     Raises:
         ValueError: when called, if the batch is not a multiple of the data axis, times the step's parts.
@@ -193,16 +212,19 @@ def pmap_step(step: TrainStep, axis_name: str = AXIS) -> CompiledStep:
 
         return jax.tree.map(split, batches)
 
+    def shardings(state: TrainState) -> TrainState:
+        return jax.tree.map(lambda leaf: replicated, state)
+
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
         # Where its own results lie, or the first call and the second would each be compiled.
-        state = jax.tree.map(lambda leaf: placed(leaf, replicated), state)
+        state = jax.tree.map(placed, state, shardings(state))
         return compiled(state, batches, jnp.int32(count))
 
     def lower(state: TrainState, batches: PyTree) -> jax.stages.Lowered:
-        state = jax.tree.map(lambda leaf: shape_at(leaf, replicated), state)
+        state = jax.tree.map(shape_at, state, shardings(state))
         return compiled.lower(state, jax.eval_shape(place, batches), _COUNT)
 
-    return CompiledStep(run, place, lower)
+    return CompiledStep(run, place, lower, shardings)
 
 
 def _mesh_step(step: TrainStep, mesh: Mesh, spec_of: SpecOf) -> CompiledStep:
@@ -229,26 +251,42 @@ def _mesh_step(step: TrainStep, mesh: Mesh, spec_of: SpecOf) -> CompiledStep:
             check_vma=False,
         )(_read(state), batch)
         state, metrics = step.update(state, found)
-        return jax.lax.with_sharding_constraint(state, shardings_of(state)), metrics
+        return jax.lax.with_sharding_constraint(state, shardings(state)), metrics
 
-    def shardings_of(state: TrainState) -> TrainState:
+    def shardings(state: TrainState) -> TrainState:
         specs = state_specs(state, spec_of)
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     compiled = jax.jit(many_steps(one), donate_argnums=0)
 
-    def place(batches: PyTree) -> PyTree:
-        _check_batches(batches, axis=1, num_devices=mesh.shape[AXIS], num_parts=step.num_accumulate)
-        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(stack, leaf), batches)
-
     def run(state: TrainState, batches: PyTree, count: int) -> tuple[TrainState, Metrics]:
-        return compiled(jax.tree.map(placed, state, shardings_of(state)), batches, jnp.int32(count))
+        return compiled(jax.tree.map(placed, state, shardings(state)), batches, jnp.int32(count))
 
     def lower(state: TrainState, batches: PyTree) -> jax.stages.Lowered:
-        state = jax.tree.map(shape_at, state, shardings_of(state))
+        state = jax.tree.map(shape_at, state, shardings(state))
         return compiled.lower(state, jax.tree.map(lambda leaf: shape_at(leaf, stack), batches), _COUNT)
 
-    return CompiledStep(run, place, lower)
+    return CompiledStep(run, _rows_placed(stack, axis=1, num_parts=step.num_accumulate), lower, shardings)
+
+
+def _rows_placed(split: NamedSharding, *, axis: int, num_parts: int = 1) -> Callable[[PyTree], PyTree]:
+    """Make the function that puts batches on a mesh, with each process's rows on its own devices."""
+    num_devices = split.mesh.shape[AXIS]
+    num_processes = len({device.process_index for device in split.mesh.devices.flat})
+
+    def place(batches: PyTree) -> PyTree:
+        _check_batches(
+            batches, axis=axis, num_devices=num_devices, num_parts=num_parts, num_processes=num_processes
+        )
+
+        def of_all(leaf: Array | np.ndarray) -> Array:
+            shape = (*leaf.shape[:axis], leaf.shape[axis] * num_processes, *leaf.shape[axis + 1 :])
+            # The shape is told, or JAX takes devices of two processes with the same rows for a smaller batch.
+            return jax.make_array_from_process_local_data(split, leaf, shape)
+
+        return jax.tree.map(of_all, batches)
+
+    return place
 
 
 def _read(state: TrainState) -> TrainState:
@@ -256,11 +294,12 @@ def _read(state: TrainState) -> TrainState:
     return state._replace(ema=(), opt_state=())
 
 
-def _check_batches(batches: PyTree, *, axis: int, num_devices: int = 1, num_parts: int = 1) -> None:
+def _check_batches(
+    batches: PyTree, *, axis: int, num_devices: int = 1, num_parts: int = 1, num_processes: int = 1
+) -> None:
     for leaf in jax.tree.leaves(batches):
         # Each process holds its share of the batch.
-        size = leaf.shape[axis] * (jax.process_count() if num_devices > 1 else 1)
-        check_divides(size, num_devices=num_devices, num_parts=num_parts)
+        check_divides(leaf.shape[axis] * num_processes, num_devices=num_devices, num_parts=num_parts)
 
 
 _COUNT = jax.ShapeDtypeStruct((), jnp.int32)

@@ -12,6 +12,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from vdiff.train.checksums import DamagedError, verify
+from vdiff.train.guard import NOTHING_SKIPPED
+from vdiff.train.hosts import from_first, is_first, largest
+from vdiff.train.sharding import placed, shape_at
 from vdiff.train.step import TrainState
 
 # 1: a TrainState, its checksums in sha256.json. 2: with its guard, and with a manifest that says the format.
@@ -24,7 +27,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 def _warn(line: str) -> None:
-    warnings.warn(line, stacklevel=3)
+    warnings.warn(line, stacklevel=4)
 
 
 def restore(
@@ -32,26 +35,55 @@ def restore(
     like: TrainState,
     *,
     step: int | None = None,
+    shardings: Callable[[TrainState], TrainState] | None = None,
     on_skip: Callable[[str], None] = _warn,
 ) -> TrainState:
     """Restore the newest whole state of a directory.
+
+    Of several processes, which all call this, the first chooses the checkpoint and sums its files; all read that one.
 
     Args:
         directory: where the checkpoints of one run lie.
         like: a state of the same run, e.g. from `init_state`; gives shapes, dtypes and placement, which may be on other
             devices than the saved state's. It is not changed.
         step: the step to restore, e.g. `best_step(...)`; None for the newest that is whole.
+        shardings: `(like) -> where each leaf is to lie`, e.g. `CompiledStep.shardings`, and `like` may then be the
+            state's shapes alone, `jax.eval_shape(lambda: init_state(...))`; None for where those of `like` lie.
         on_skip: told in one line of each damaged checkpoint that is passed over, and why; a warning when left out.
 
     Returns:
         The saved `TrainState`.
 
     Raises:
-        FileNotFoundError: if the directory holds no checkpoint, or not that of `step`.
+        FileNotFoundError: if the directory holds no checkpoint, or not that of `step`, or one of several processes does
+            not see it.
         ValueError: if all are damaged, or the one asked for; if the newest whole one is of another model, or of a
-            newer format than this version knows.
+            newer format than this version knows; in the other processes, if the first raised.
     """
-    directory, steps = Path(directory).absolute(), saved_steps(directory)
+    directory = Path(directory).absolute()
+    chosen, refused = -1, None
+    if is_first():
+        try:
+            chosen = _choose(directory, step, on_skip)
+        except Exception as error:  # noqa: BLE001  raised when the others know
+            refused = error
+    chosen = from_first(chosen)
+    folder = directory / str(chosen)
+    is_missing = largest(not folder.is_dir())
+    if chosen < 0:
+        raise refused or ValueError(
+            f"directory: got {directory}, of which the first process restores nothing, and says why"
+        )
+    if is_missing:
+        raise FileNotFoundError(
+            f"directory: got {directory}, whose step {chosen} not every process sees; expected a disk that all share"
+        )
+    return _read(folder, like, shardings)
+
+
+def _choose(directory: Path, step: int | None, on_skip: Callable[[str], None]) -> int:
+    """Find the newest step that is whole, or insist on one."""
+    steps = saved_steps(directory)
     if not steps:
         raise FileNotFoundError(
             f"directory: got {directory}, expected a folder with a saved checkpoint; start the run anew"
@@ -73,7 +105,7 @@ def restore(
                 f"checkpoint {folder}: got format {version}, expected at most {FORMAT}; it was written by a newer "
                 "vdiff: upgrade vdiff"
             )
-        return _read(folder, like)
+        return candidate
     raise ValueError(
         f"directory: got {directory}, where no checkpoint is whole ({'; '.join(reasons)}), expected one; "
         + (
@@ -126,8 +158,12 @@ def best_step(directory: str | Path, metric: str) -> int | None:
     return max(values, key=lambda step: (values[step], step), default=None)
 
 
-def _read(folder: Path, like: TrainState) -> TrainState:
+def _read(folder: Path, like: TrainState, shardings: Callable[[TrainState], TrainState] | None) -> TrainState:
     """Read a folder whose files are as they were saved."""
+    if shardings is not None:
+        there = shardings(like)
+        guard = jax.tree.map(placed, NOTHING_SKIPPED, there.guard)
+        like = jax.tree.map(shape_at, like, there)._replace(guard=guard)
     fields = like._asdict()
     with ocp.StandardCheckpointer() as checkpointer:
         try:
@@ -137,7 +173,7 @@ def _read(folder: Path, like: TrainState) -> TrainState:
         if not any(name.startswith("guard.") for name in saved):
             del fields["guard"]  # of format 1, before there was one: that of `like` stands in
         # Orbax lists a key by its raw data.
-        expected = _layout(fields | {"key": jax.random.key_data(like.key)})
+        expected = _layout(fields | {"key": jax.eval_shape(jax.random.key_data, like.key)})
         if saved != expected:
             raise ValueError(_difference(folder, saved, expected))
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from vdiff.train.step import TrainState
@@ -116,7 +116,7 @@ def scattered_mean(leaf: Array, spec: PartitionSpec) -> Array:
     return total / jax.lax.axis_size(AXIS)
 
 
-def placed(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
+def placed(leaf: Array | np.ndarray, sharding: Sharding) -> Array:
     """Put a leaf where a step keeps it; what lies there already goes through as it is."""
     there = leaf.sharding if isinstance(leaf, jax.Array) else None
     # Of the same kind too: for one device there are two, and a step would be compiled for each.
@@ -134,6 +134,6 @@ def placed(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
     return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
 
 
-def shape_at(leaf: PyTree, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def shape_at(leaf: PyTree, sharding: Sharding) -> jax.ShapeDtypeStruct:
     """Describe a leaf that lies there, without its numbers."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

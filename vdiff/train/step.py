@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -72,7 +73,12 @@ class TrainStep:
 
 
 def init_state(
-    key: Key, model: Startable, optimizer: optax.GradientTransformation, *, aux: PyTree = ()
+    key: Key,
+    model: Startable,
+    optimizer: optax.GradientTransformation,
+    *,
+    aux: PyTree = (),
+    shardings: Callable[[TrainState], TrainState] | None = None,
 ) -> TrainState:
     """Start a run.
 
@@ -82,6 +88,8 @@ def init_state(
         optimizer: the Optax transformation that the step will use.
         aux: what `batching=persistent` hands from step to step, one slot per position in the global batch, [B, ...];
             copied.
+        shardings: `(the state's shapes) -> where each leaf is to lie`, e.g. `CompiledStep.shardings`: each device then
+            makes what it is to hold, and none holds the whole; the numbers are the same. None for the default device.
 
     Returns:
         A `TrainState` at step 0, with ema a copy of params.
@@ -89,14 +97,24 @@ def init_state(
     Raises:
         TypeError: if `key` is not a typed key.
     """
-    key_init, key_run = jax.random.split(check_key(key))
-    # Strongly typed, as every later state is: a weakly typed leaf would compile the step twice.
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), jax.jit(model.init)(key_init))
-    # A copy, since a donated state must not hold one buffer twice.
-    ema = jax.tree.map(jnp.copy, params)
-    guard = jax.tree.map(jnp.asarray, NOTHING_SKIPPED)
-    opt_state, aux = optimizer.init(params), jax.tree.map(jnp.array, aux)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, key_run, aux, guard)
+    check_key(key)
+
+    def make(data: Array, aux: PyTree) -> TrainState:
+        key_init, key_run = jax.random.split(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)))
+        # Strongly typed, as every later state is: a weakly typed leaf would compile the step twice.
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), jax.jit(model.init)(key_init))
+        # A copy, since a donated state must not hold one buffer twice.
+        ema = jax.tree.map(jnp.copy, params)
+        guard = jax.tree.map(jnp.asarray, NOTHING_SKIPPED)
+        opt_state, aux = optimizer.init(params), jax.tree.map(jnp.array, aux)
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, opt_state, key_run, aux, guard)
+
+    data = jax.random.key_data(key)
+    if shardings is None:
+        return make(data, aux)
+    # From the host, where all processes have them.
+    held = jax.tree.map(np.asarray, (data, aux))
+    return jax.jit(make, out_shardings=shardings(jax.eval_shape(make, *held)))(*held)
 
 
 def make_train_step(
