@@ -6,7 +6,7 @@ python -m experiments.demo
 import dataclasses
 from pathlib import Path
 
-from experiments import comparison, diffusion, gmm, runs, vae
+from experiments import comparison, diffusion, exits, gmm, runs, vae
 from vdiff import report
 
 
@@ -39,7 +39,7 @@ FAMILIES = (
 def run(config: Config) -> Path:
     """Train each family, print one table and write one page; returns the page's path."""
     directory = config.run_dir
-    with runs.refusing():
+    with exits.refusing():
         directory.mkdir(parents=True, exist_ok=True)
     families = [
         comparison.Family(name, label, module, module.PRESETS[config.preset][1], metric, caption)
@@ -61,4 +61,4 @@ def run(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

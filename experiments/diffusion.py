@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import diffusion_page, exporting, runs, training
+from experiments import diffusion_page, exits, exporting, runs, training
 from experiments.diffusion_build import Config, Problem, build, num_times
 from vdiff import diffusion, evaluate
 from vdiff.diffusion import weights
@@ -152,7 +152,7 @@ def sweeps_of(problem: Problem, num_times: int, num_sweeps: int) -> Callable[[Ke
 
 def run(config: Config) -> dict:
     """Train, judge and picture a diffusion model; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         if config.warmup_steps >= config.num_steps:
             raise ValueError(
@@ -229,4 +229,4 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

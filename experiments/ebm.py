@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 import vdiff as vd
-from experiments import exporting, runs, training
+from experiments import exits, exporting, runs, training
 from vdiff import baselines, data, evaluate, nets, report, transforms
 from vdiff.types import Key, Params
 
@@ -205,7 +205,7 @@ def annealed_chain(config: Config, problem: Problem, key: Key, params: Params) -
 
 def run(config: Config) -> dict:
     """Train a model, draw from it, judge and picture it; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         objective = objective_of(config, problem)
@@ -360,4 +360,4 @@ def _value(metric: dict) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vdiff as vd
-from experiments import cases, runs, sbn
+from experiments import cases, exits, runs, sbn
 from vdiff import report
 from vdiff.types import Params, PyTree
 
@@ -245,7 +245,7 @@ def train_networks(config: Config, directory: Path) -> tuple[list[report.Panel],
 def run(config: Config) -> dict:
     """Measure, train, draw and write the page; returns the content of `result.json`."""
     directory = Path(config.run_dir)
-    with runs.refusing():
+    with exits.refusing():
         directory.mkdir(parents=True, exist_ok=True)
         if config.num_draws < 2:
             raise ValueError(f"num_draws: got {config.num_draws}, expected at least 2, to know a variance")
@@ -336,4 +336,4 @@ def _cells(part: dict) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

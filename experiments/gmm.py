@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exporting, runs, training
+from experiments import exits, exporting, runs, training
 from vdiff import data, evaluate, nets, report
 from vdiff.types import Key, Params, Terms
 
@@ -152,7 +152,7 @@ def objective_of(config: Config, problem: Problem) -> vd.Objective:
 
 def run(config: Config) -> dict:
     """Train a mixture both ways, judge and picture it; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
@@ -165,7 +165,7 @@ def run(config: Config) -> dict:
 
     began = time.perf_counter()
     prior = {"prior_strength": config.prior_strength, "prior_scale": config.prior_scale}
-    with console.status("EM"), runs.refusing():
+    with console.status("EM"), exits.refusing():
         start, _ = vd.fit_em(key_em, exact, points, num_steps=1, **prior)
         by_em, history = vd.fit_em(key_em, exact, points, num_steps=config.em_steps, **prior)
     em_seconds = time.perf_counter() - began
@@ -355,4 +355,4 @@ def _thin(length: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import bounds, exporting, pixels, runs, training
+from experiments import bounds, exits, exporting, pixels, runs, training
 from vdiff import data, nets, report
 
 
@@ -195,7 +195,7 @@ def names_of(problem: Problem) -> list[str]:
 
 def run(config: Config) -> dict:
     """Train, judge and picture a model; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         keys, model, names = bounds.keys_of(config.seed), problem.model, names_of(problem)
@@ -308,4 +308,4 @@ def show(
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

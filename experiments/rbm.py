@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exporting, pixels, runs, training
+from experiments import exits, exporting, pixels, runs, training
 from vdiff import baselines, data, evaluate, report
 
 
@@ -123,7 +123,7 @@ def build(config: Config) -> Problem:
 
 def run(config: Config) -> dict:
     """Train, judge and picture a machine; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
@@ -291,4 +291,4 @@ def filters(params: vd.Params, shape: tuple[int, ...], num: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exporting, pixels, runs, training
+from experiments import exits, exporting, pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
 Estimator = Literal[
@@ -141,7 +141,7 @@ def build(config: Config) -> Problem:
 
 def run(config: Config) -> dict:
     """Train, judge and picture a network; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
@@ -233,4 +233,4 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

@@ -13,7 +13,7 @@ import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import vdiff as vd
-from experiments import hosts, performance, runs, settings
+from experiments import exits, hosts, performance, runs, settings
 from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, tensorboard, write_metrics
 from vdiff.train.hosts import from_first, is_first, largest, on_one_device
 from vdiff.train.loop import default_steps_per_call
@@ -82,16 +82,16 @@ def train(
 
     Raises:
         Refused: if the input does not fit, or the checkpoint cannot be read.
-        runs.Stopped: if a signal came, to any process; the state is saved.
-        runs.Finished: in all processes but the first, when training is done.
+        exits.Stopped: if a signal came, to any process; the state is saved.
+        exits.Finished: in all processes but the first, when training is done.
         DivergedError: if too many updates in a row were skipped; the last good state is saved.
         OSError: if the disk does not take a checkpoint.
     """
     checkpoints = directory / "checkpoints"
     # Apart, since a process that refuses its input in the same block would leave the others waiting here.
-    with runs.refusing():
+    with exits.refusing():
         hosts.check_shared(directory)
-    with runs.refusing():
+    with exits.refusing():
         optimizer = optimizer_of(config) if optimizer is None else optimizer
         parts = {"ema_decay": config.ema_decay, "batching": batching, "combine": combine}
         raw_step = vd.make_train_step(objective, optimizer, num_accumulate=config.accumulate, **parts)
@@ -102,7 +102,7 @@ def train(
         share = (jax.process_index(), jax.process_count())
         in_memory = isinstance(images, np.ndarray)
         shuffle = vd.data.permutations.drawn if in_memory else vd.data.permutations.keyed
-        batches = runs.as_refused()(
+        batches = exits.as_refused()(
             vd.data.batches(images, config.batch_size, config.seed, permutation=shuffle, share=share)
         )
         key = jax.random.key(config.seed)
@@ -114,7 +114,7 @@ def train(
         jax.eval_shape(batching(at_start), key, shapes.params, one, position, slot)
         step.place(batches(0)[None])
     is_begun = from_first(vd.latest_step(checkpoints) is not None)
-    with runs.refusing():
+    with exits.refusing():
         if is_begun:
             state = vd.restore(checkpoints, shapes, shardings=step.shardings, on_skip=runs.tell)
         elif config.resume == "must":
@@ -155,9 +155,9 @@ def train(
         state = _gathered(state)
     hosts.part()
     if number:
-        raise runs.Stopped(number)
+        raise exits.Stopped(number)
     if not is_first():
-        raise runs.Finished
+        raise exits.Finished
     return state._replace(ema=jax.device_put(state.ema))
 
 

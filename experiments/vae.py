@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import bounds, exporting, pixels, runs, training
+from experiments import bounds, exits, exporting, pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
 
@@ -145,7 +145,7 @@ def objective_of(config: Config, problem: Problem) -> vd.Scheduled:
 
 def run(config: Config) -> dict:
     """Train, judge and picture a VAE; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
@@ -286,4 +286,4 @@ def show(
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import exporting, pixels, runs, training
+from experiments import exits, exporting, pixels, runs, training
 from vdiff import baselines, data, evaluate, likelihoods, nets, report
 
 
@@ -127,7 +127,7 @@ def build(config: Config) -> Problem:
 
 def run(config: Config) -> dict:
     """Train, judge and picture a model; returns the content of `result.json`."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
@@ -233,4 +233,4 @@ def show(
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

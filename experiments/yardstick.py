@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import vdiff as vd
-from experiments import autoregressive, comparison, diffusion, hvae, rbm, runs, sbn, vae, vqvae
+from experiments import autoregressive, comparison, diffusion, exits, hvae, rbm, runs, sbn, vae, vqvae
 from vdiff import report
 
 Name = Literal["made", "pixelcnn", "rbm", "sbn", "vae", "iwae", "hvae", "ladder", "vqvae", "diffusion"]
@@ -116,7 +116,7 @@ def families_of(config: Config) -> list[comparison.Family]:
 
 def run(config: Config) -> Path:
     """Train each family, print one table and write one page; returns the page's path."""
-    with runs.refusing():
+    with exits.refusing():
         vd.data.load(config.data)
         directory = config.run_dir
         directory.mkdir(parents=True, exist_ok=True)
@@ -162,4 +162,4 @@ def _time(seconds: float | None) -> str:
 
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

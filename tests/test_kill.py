@@ -17,7 +17,7 @@ import time
 import jax
 import pytest
 
-from experiments import runs
+from experiments import exits, runs
 from tests import tiny_run
 
 NUM_STEPS, EVERY, PAUSE = 40, 5, 0.03
@@ -105,7 +105,7 @@ def child(directory, log, stage=None):
     elif stage is not None:
         _, name, count, do = STAGES[stage]
         patched(name, at_call(count, do))
-    os._exit(runs.exit_code(tiny_run.run, config_of(directory)))
+    os._exit(exits.exit_code(tiny_run.run, config_of(directory)))
 
 
 class Run:

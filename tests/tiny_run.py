@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import runs, training
+from experiments import exits, runs, training
 
 SIZE = 3
 IMAGES = np.random.default_rng(7).normal(size=(64, SIZE)).astype(np.float32)
@@ -46,7 +46,7 @@ def build(width):
 
 def run(config):
     """Train and write `result.json`, nothing more."""
-    with runs.refusing():
+    with exits.refusing():
         runs.check_settings(dataclasses.replace(config, pause=1))
         directory = runs.open_run(config)
     model = build(config.width)
@@ -60,4 +60,4 @@ def run(config):
 PRESETS = {"tiny": ("seconds", Config())}
 
 if __name__ == "__main__":
-    runs.main(run, PRESETS)
+    exits.main(run, PRESETS)

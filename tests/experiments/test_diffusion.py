@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import diffusion, runs, training, vae
+from experiments import diffusion, exits, runs, training, vae
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     config = config_of(tmp_path / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(vd, "stop_on_signals", lambda: contextlib.nullcontext(StopAfter(27)))
-        with pytest.raises(runs.Stopped):
+        with pytest.raises(exits.Stopped):
             diffusion.run(config)
     assert vd.latest_step(tmp_path / "parts/checkpoints") == 27
     parts = diffusion.run(config)
@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
 )
 def test_input_that_cannot_be_is_refused(changes, message, tmp_path, capsys):
     config = config_of(tmp_path / "run", **changes)
-    assert runs.exit_code(diffusion.run, config) == 2
+    assert exits.exit_code(diffusion.run, config) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 

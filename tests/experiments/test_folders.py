@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import gmm, pixels, runs, training, vae
+from experiments import exits, gmm, pixels, runs, training, vae
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (300, 4, 4), np.uint8)
 WRITERS = {"shards": vd.data.write_shards, "records": vd.data.write_records}
@@ -80,7 +80,7 @@ def test_a_shard_lost_in_training_is_refused_and_the_run_kept(tmp_path, capsys):
         objective = vae.objective_of(config, problem)
         training.train(config, runs.open_run(config), problem.model, objective, problem.dataset.train)
 
-    assert runs.exit_code(experiment, config) == 2
+    assert exits.exit_code(experiment, config) == 2
     line = capsys.readouterr().err.strip()
     assert "cannot be read any more" in line and "the same command goes on" in line and "\n" not in line
 
@@ -100,7 +100,7 @@ def test_what_needs_all_data_at_once_is_refused(experiment, changes, line, tmp_p
     vd.data.write_shards(tmp_path / "mine", IMAGES)
     preset = experiment.PRESETS["smoke"][1]
     config = dataclasses.replace(preset, data=str(tmp_path / "mine"), run_dir=tmp_path / "run", **changes)
-    with pytest.raises(runs.Refused, match=line):
+    with pytest.raises(exits.Refused, match=line):
         experiment.run(config)
     assert not (tmp_path / "run").exists()
 

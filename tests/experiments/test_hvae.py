@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import bounds, hvae, runs, training, vae
+from experiments import bounds, exits, hvae, runs, training, vae
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
         ({"free_bits": -1.0}, "expected nats of at least 0"),
         ({"network": "ladder", "features": (4, 8), "latents": (1,)}, "latents: got 1 levels"),
     ):
-        assert runs.exit_code(hvae.run, config_of(tmp_path / "run", **changes)) == 2
+        assert exits.exit_code(hvae.run, config_of(tmp_path / "run", **changes)) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import rbm, runs, training, vae
+from experiments import exits, rbm, runs, training, vae
 from vdiff import baselines
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def test_contrastive_chains_start_at_the_data(tmp_path):
 
 
 def test_one_chain_is_refused(tmp_path, capsys):
-    assert runs.exit_code(rbm.run, config_of(tmp_path / "run", chains=1)) == 2
+    assert exits.exit_code(rbm.run, config_of(tmp_path / "run", chains=1)) == 2
     assert "num_chains: got 1, expected at least 2" in capsys.readouterr().err
 
 

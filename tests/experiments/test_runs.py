@@ -2,22 +2,14 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import gmm, runs, settings, vae
+from experiments import exits, gmm, runs, settings, vae
 from tests import tiny_run
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +29,7 @@ def files(directory):
 
 def refused(config, capsys, experiment=vae.run):
     """Run, expect exit code 2, and return the one line it printed."""
-    assert runs.exit_code(experiment, config) == 2
+    assert exits.exit_code(experiment, config) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("refused ")
@@ -185,7 +177,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path, capsys):
 
 
 def test_another_run_is_refused_and_kept(tmp_path, capsys):
-    assert runs.exit_code(vae.run, tiny(tmp_path / "run")) == 0
+    assert exits.exit_code(vae.run, tiny(tmp_path / "run")) == 0
     capsys.readouterr()
     before = files(tmp_path)
     assert "holds another run (seed 0 -> 1)" in refused(tiny(tmp_path / "run", seed=1), capsys)
@@ -201,19 +193,19 @@ def test_what_is_refused_leaves_a_new_directory_to_other_settings(tmp_path, caps
     line = refused(short(tmp_path / "run", batch_size=6, accumulate=4), capsys, tiny_run.run)
     assert "got 6 data" in line and "use a batch size of 4 or 8" in line and files(tmp_path) == {}
     asked = short(tmp_path / "run", batch_size=8, accumulate=4, resume="never")
-    assert runs.exit_code(tiny_run.run, asked) == 0
+    assert exits.exit_code(tiny_run.run, asked) == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, capsys):
     """And kept: the run goes on from the one before, to the same end."""
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    assert exits.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
     capsys.readouterr()
     digest = json.loads((tmp_path / "run/result.json").read_text())["params_digest"]
     damaged = tmp_path / "run/checkpoints/4"
     largest = max(damaged.rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
     before = list(files(damaged).values())
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    assert exits.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
     out = capsys.readouterr().out
     assert (
         f"note checkpoint {damaged} is damaged and was skipped: {largest.relative_to(damaged)} is not" in out
@@ -224,7 +216,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(tmp_path, capsys):
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(tmp_path, capsys):
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    assert exits.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
     for step in (2, 4):
         (tmp_path / f"run/checkpoints/{step}/manifest.json").unlink()
     capsys.readouterr()
@@ -235,14 +227,14 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(tmp_path, capsys):
 
 
 def test_other_settings_are_shown_and_taken_on_with_override(tmp_path, capsys):
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    assert exits.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
     first = (tmp_path / "run/config.json").read_bytes()
     capsys.readouterr()
     asked = short(tmp_path / "run", num_steps=6, learning_rate=1e-4)
-    assert runs.exit_code(tiny_run.run, asked) == 2
+    assert exits.exit_code(tiny_run.run, asked) == 2
     out = capsys.readouterr().out
     assert "num_steps" in out and "- 4" in out and "+ 6" in out and "+ 0.0001" in out and "seed" not in out
-    assert runs.exit_code(tiny_run.run, dataclasses.replace(asked, override=True)) == 0
+    assert exits.exit_code(tiny_run.run, dataclasses.replace(asked, override=True)) == 0
     out = capsys.readouterr().out
     assert (
         f"those before are kept in {tmp_path}/run/config.before-1.json" in out
@@ -252,166 +244,13 @@ def test_other_settings_are_shown_and_taken_on_with_override(tmp_path, capsys):
     results = [json.loads((tmp_path / f"run/result{n}.json").read_text()) for n in (".before-1", "")]
     assert results[0]["params_digest"] != results[1]["params_digest"]
     assert json.loads((tmp_path / "run/config.json").read_text())["num_steps"] == 6
-    assert runs.exit_code(tiny_run.run, asked) == 0
+    assert exits.exit_code(tiny_run.run, asked) == 0
 
 
 def test_an_override_that_the_state_does_not_fit_changes_nothing(tmp_path, capsys):
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
+    assert exits.exit_code(tiny_run.run, short(tmp_path / "run")) == 0
     capsys.readouterr()
     before = files(tmp_path)
     line = refused(short(tmp_path / "run", width=5, override=True), capsys, tiny_run.run)
     assert "another model's state" in line
     assert files(tmp_path) == before
-
-
-def test_a_disk_that_takes_no_more_ends_with_code_1(tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run", num_steps=2)) == 0
-    capsys.readouterr()
-    monkeypatch.setattr("vdiff.train.checkpoint.write_manifest", full)
-    assert runs.exit_code(tiny_run.run, short(tmp_path / "run", num_steps=4, override=True)) == 1
-    line = capsys.readouterr().err
-    assert (
-        "failed checkpoint" in line
-        and "checkpoints/4: could not be written (no space left on the disk)" in line
-    )
-    assert "the one of step 2 is as it was" in line and line.count("\n") == 1
-    assert vd.saved_steps(tmp_path / "run/checkpoints") == [2]
-
-
-def test_divergence_ends_with_code_3(tmp_path, capsys):
-    with jax.numpy_dtype_promotion("standard"):
-        assert (
-            runs.exit_code(vae.run, tiny(tmp_path / "run", learning_rate=1e30, num_steps=20, max_skips=3))
-            == 3
-        )
-    assert "diverged step" in capsys.readouterr().err
-
-
-def test_unknown_flags_and_presets_exit_with_code_2():
-    for arguments in (
-        ["digits", "--no-such-flag", "1"],
-        ["no_such_preset"],
-        ["digits", "--parallel", "magic"],
-    ):
-        command = [sys.executable, "-m", "experiments.vae", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 2
-        assert arguments[-2 if len(arguments) > 1 else -1].strip("-") in (done.stdout + done.stderr)
-
-
-SIGNALS = [
-    (
-        signal.SIGTERM,
-        ["experiments.vae", "smoke", "--hidden", "16", "--eval-samples", "2", "--eval-images", "20"],
-    ),
-    (signal.SIGINT, ["tests.tiny_run", "tiny", "--pause", "0.01"]),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "experiment"), SIGNALS)
-def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, experiment, tmp_path):
-    def command(directory):
-        flags = ["--num-steps", "600", "--log-every", "5", "--checkpoint-every", "100000"]
-        return [sys.executable, "-m", *experiment, *flags, "--run-dir", str(directory)]
-
-    process = subprocess.Popen(command(tmp_path / "a"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    rows = tmp_path / "a/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (rows.exists() and rows.read_text().count("\n") > 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert "stopped" in stderr
-    step = vd.latest_step(tmp_path / "a/checkpoints")
-    assert 0 < step < 600
-
-    for directory in ("a", "b"):
-        done = subprocess.run(
-            command(tmp_path / directory), cwd=ROOT, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr
-    resumed, straight = (json.loads((tmp_path / d / "result.json").read_text()) for d in ("a", "b"))
-    assert resumed["params_digest"] == straight["params_digest"]
-    assert resumed["metrics"] == straight["metrics"]
-    steps = [json.loads(line)["step"] for line in rows.read_text().splitlines()]
-    assert steps == sorted(set(steps))
-
-
-@pytest.mark.slow
-def test_a_second_signal_stops_at_once(tmp_path):
-    """In the middle of a step, without saving; the code is the signal's."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.tiny_run",
-        "tiny",
-        "--pause",
-        "4",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    rows, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 120
-    while not (rows.exists() and rows.read_text().count("\n") == 1):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
-    time.sleep(0.3)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGTERM)
-    began = time.monotonic()
-    _, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - began < 3
-    assert process.returncode == 143
-    assert stderr.splitlines() == ["stopped at once; the same command goes on from the last checkpoint"]
-    assert vd.latest_step(tmp_path / "run/checkpoints") is None
-
-
-@pytest.mark.parametrize(
-    ("num_processes", "error", "said"),
-    [
-        (
-            1,
-            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\n more"),
-            "--accumulate N",
-        ),
-        (
-            2,
-            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
-            "9 bytes.); --acc",
-        ),
-        (
-            2,
-            jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed"),
-            "another process",
-        ),
-        (
-            2,
-            jax.errors.JaxRuntimeError("UNAVAILABLE: The coordination service cannot be reached"),
-            "another process",
-        ),
-        (2, jax.errors.JaxRuntimeError("INTERNAL: something else"), "Traceback"),
-        (2, RuntimeError("coordination of something else"), "Traceback"),
-        (1, RuntimeError("something else"), None),
-    ],
-)
-def test_what_is_at_fault_is_said(monkeypatch, capfd, num_processes, error, said):
-    def experiment(config):
-        raise error
-
-    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
-    if said is None:
-        with pytest.raises(RuntimeError, match="something else"):
-            runs.exit_code(experiment, Config())
-        return
-    assert runs.exit_code(experiment, Config()) == 1
-    printed = capfd.readouterr().err
-    assert said in printed
-    assert ("another process" in said) == ("another process" in printed)
-    assert (said == "Traceback") == (len(printed.splitlines()) > 1)

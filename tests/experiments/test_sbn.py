@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import runs, sbn
+from experiments import exits, runs, sbn
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def test_what_learns_a_control_variate_starts_with_one():
 
 @pytest.mark.parametrize("estimator", ["relaxed", "rebar"])
 def test_two_layers_are_refused_where_one_is_needed(estimator, tmp_path, capsys):
-    code = runs.exit_code(sbn.run, config_of(tmp_path / "run", estimator=estimator, widths=(6, 4)))
+    code = exits.exit_code(sbn.run, config_of(tmp_path / "run", estimator=estimator, widths=(6, 4)))
     assert code == 2
     assert "expected one" in capsys.readouterr().err
 

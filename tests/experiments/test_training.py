@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import runs, training
+from experiments import exits, runs, training
 from vdiff.train import checkpoint
 
 MODEL = vd.Model(lambda key: vd.Params(theta={"loc": jnp.zeros(3)}), *[None] * 4)
@@ -40,7 +40,7 @@ def begin(config, objective, **settings):
         with jax.numpy_dtype_promotion("standard"):
             states.append(training.train(config, runs.open_run(config), MODEL, objective, IMAGES, **settings))
 
-    return runs.exit_code(experiment, config), states
+    return exits.exit_code(experiment, config), states
 
 
 def restored(config):

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from experiments import runs, vqvae
+from experiments import exits, runs, vqvae
 
 
 def config_of(directory, **changes):
@@ -26,7 +26,7 @@ def test_every_estimator_is_built(estimator):
 
 
 def test_one_draw_has_no_leave_one_out(tmp_path, capsys):
-    assert runs.exit_code(vqvae.run, config_of(tmp_path / "run", estimator="rloo")) == 2
+    assert exits.exit_code(vqvae.run, config_of(tmp_path / "run", estimator="rloo")) == 2
     assert "num_samples" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import runs, training, yardstick
+from experiments import exits, runs, training, yardstick
 
 
 def config_of(directory, *families, **changes):
@@ -67,5 +67,5 @@ def test_the_page_compares_what_was_trained_once(tmp_path, monkeypatch, capsys):
 
 
 def test_data_that_is_not_there_is_refused(tmp_path, capsys):
-    assert runs.exit_code(yardstick.run, config_of(tmp_path / "run", data="nowhere")) == 2
+    assert exits.exit_code(yardstick.run, config_of(tmp_path / "run", data="nowhere")) == 2
     assert "nowhere" in capsys.readouterr().err and not (tmp_path / "run").exists()
