@@ -37,7 +37,7 @@ def test_every_setting_trains_and_is_judged_above_the_pixels_alone(changes, tmp_
     metrics = result["metrics"]
     # The bound of many draws is tighter than that of one, beyond the noise of the mean.
     assert metrics["log_prob"]["value"] > metrics["elbo"]["value"] - 3 * metrics["elbo"]["std_error"]
-    assert metrics["log_prob"]["num_data"] == 60
+    assert metrics["log_prob"]["num_data"] == config.eval_images
     bits = vd.bits_per_dim(metrics["log_prob"]["value"], 64)
     assert metrics["bits_per_dim"]["value"] == pytest.approx(bits)
 
