@@ -20,13 +20,13 @@ demo: install ## Train a mixture, a VAE and a diffusion model on real digits: on
 	$(BIN)/python -m experiments.demo $(PRESET)
 
 test: install ## Run the tests, but for the further cases that are marked long.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not long'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long'
 
 test-long: install ## Run those that are marked long.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m long
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 test-fast: install ## Run the tests that take seconds.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not long'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not long'
 
 lint: install ## Check style and formatting.
 	$(BIN)/ruff check .

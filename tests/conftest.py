@@ -22,7 +22,7 @@ FURTHER_CASES = Path(__file__).with_name("further_cases.txt")
 def pytest_collection_modifyitems(items):
     further = {line for line in FURTHER_CASES.read_text().splitlines() if not line.startswith("#")}
     for item in items:
-        if item.nodeid.split("@")[0] in further:  # xdist adds the name of a group
+        if item.nodeid in further:
             item.add_marker("long")
 
 

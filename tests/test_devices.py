@@ -23,9 +23,6 @@ from tests import toys
 from tests.states import distance, numbers, small_vae
 from vdiff import baselines
 
-# One worker runs them all: the comparisons are made once.
-pytestmark = pytest.mark.xdist_group("devices")
-
 NUM_STEPS, BATCH_SIZE, NUM_DEVICES = 20, 64, 8
 # Two reductions of 64 gradients in another order differ by about 1e-7 of a leaf's norm at each step; measured
 # after 20 steps 1.7e-7 under SGD and 2.9e-7 under Adam, over all leaves of the state.

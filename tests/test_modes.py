@@ -20,8 +20,7 @@ import pytest
 import vdiff as vd
 from tests.states import distance, numbers
 
-# One worker runs them all: the comparisons are made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("modes")]
+pytestmark = pytest.mark.slow
 
 NUM_STEPS, BATCH_SIZE = 20, 32
 SHAPE = (8, 8, 1)

@@ -88,7 +88,6 @@ def signed_scores(one, other):
     return difference / np.maximum(std_error, floor)
 
 
-@pytest.mark.xdist_group("path and terms")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_diffusion_loss_is_the_elbo_of_a_hierarchical_vae(name):
@@ -110,7 +109,6 @@ def test_the_diffusion_loss_is_the_elbo_of_a_hierarchical_vae(name):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("path and terms")
 def test_the_scores_lean_to_neither_side():
     """A bias too small for any one case would give all of them one sign."""
     scores = []

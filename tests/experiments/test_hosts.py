@@ -16,8 +16,7 @@ from experiments import hosts as joining
 from experiments import settings, vae
 from tests.train import hosts
 
-# One worker runs them all: the story is told once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("story")]
+pytestmark = pytest.mark.slow
 SETTINGS = "--num-steps 600 --log-every 25 --checkpoint-every 50 --eval-samples 10 --eval-images 50".split()
 
 

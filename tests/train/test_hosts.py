@@ -13,8 +13,7 @@ from tests.train import hosts
 from tests.train.host_program import CASES, OPTIMIZERS, trained
 from vdiff.train.hosts import from_first, is_first, largest, on_one_device
 
-# One worker runs them all: what the processes found is found once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts")]
+pytestmark = pytest.mark.slow
 # Each leaf's distance over its norm, after 20 steps.
 LARGEST_DISTANCE = 2e-6
 
