@@ -141,10 +141,9 @@ def run(config: Config) -> dict:
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
-    # Five keys, as a VAE's run has, so that the test images are binarised to the same bits.
-    key_train, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    keys = runs.keys_of(config.seed)
     train, model = problem.dataset.train, problem.model
-    test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
+    test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])
     is_fixed = config.binarization == "fixed"
     at_step = lambda key, x: x if is_fixed else problem.transform(key, x)  # noqa: E731
     state = training.train(
@@ -152,10 +151,10 @@ def run(config: Config) -> dict:
         directory,
         model,
         vd.scheduled(lambda step: vd.preprocessed(problem.objective(step), at_step)),
-        training.transformed(problem.transform, key_train, train) if is_fixed else train,
+        training.transformed(problem.transform, keys.train, train) if is_fixed else train,
         hooks=(
             training.held_out(
-                model.elbo_terms, key_watch, test[:500], every=10 * config.log_every, name="test_log_prob"
+                model.elbo_terms, keys.watch, test[:500], every=10 * config.log_every, name="test_log_prob"
             ),
         ),
         best="test_log_prob",
@@ -165,7 +164,7 @@ def run(config: Config) -> dict:
     log_prob = vd.total(model.elbo_terms)
     with training.counting("judging", len(test)) as on_progress:
         nats = evaluate.summarize(
-            evaluate.evaluate(log_prob, key_judge, state.ema, test, batch_size=50, on_progress=on_progress)
+            evaluate.evaluate(log_prob, keys.judge, state.ema, test, batch_size=50, on_progress=on_progress)
         )
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
     exact = "exact"
@@ -176,7 +175,7 @@ def run(config: Config) -> dict:
         "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
     }
     result = runs.write_result(directory, metrics, state.ema, seconds)
-    page = show(config, problem, directory, state.ema, test, key_show, result)
+    page = show(config, problem, directory, state.ema, test, keys.show, result)
     runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
     exporting.export_functions(
         config,

@@ -14,21 +14,6 @@ from experiments import runs, training
 from vdiff import evaluate
 
 
-class Keys(NamedTuple):
-    """Hold the keys of a run beside those of its training; `test` draws the binary pixels of the test set."""
-
-    train: jax.Array
-    test: jax.Array
-    watch: jax.Array
-    judge: jax.Array
-    show: jax.Array
-
-
-def keys_of(seed: int) -> Keys:
-    """Make a run's keys: models of one seed are judged on the same pixels."""
-    return Keys(*jax.random.split(jax.random.key(seed + 1), 5))
-
-
 class BoundConfig(Protocol):
     """Describe the settings that say what is raised."""
 

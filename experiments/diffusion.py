@@ -162,9 +162,9 @@ def run(config: Config) -> dict:
         directory = runs.open_run(config)
     console = runs.console
     # As the VAE experiment splits its seed, so that both are judged on the same binary test images.
-    _, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    keys = runs.keys_of(config.seed)
     test = problem.dataset.test[: config.eval_images]
-    test = training.transformed(problem.transform, key_test, test)
+    test = training.transformed(problem.transform, keys.test, test)
     state = training.train(
         config,
         directory,
@@ -176,7 +176,7 @@ def run(config: Config) -> dict:
         hooks=(
             training.held_out(
                 along_path(problem, min(num_times(config), 16)),
-                key_watch,
+                keys.watch,
                 test[:500],
                 every=10 * config.log_every,
             ),
@@ -187,7 +187,7 @@ def run(config: Config) -> dict:
     began = time.perf_counter()
     sweeps = sweeps_of(problem, num_times(config), config.eval_sweeps)
     with training.counting("judging", len(test)) as on_progress:
-        terms = evaluate.evaluate(sweeps, key_judge, state.ema, test, batch_size=50, on_progress=on_progress)
+        terms = evaluate.evaluate(sweeps, keys.judge, state.ema, test, batch_size=50, on_progress=on_progress)
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
 
     values = sum(terms.values())  # [N, sweeps]
@@ -203,7 +203,7 @@ def run(config: Config) -> dict:
         bound = "standard error of the mean that is due to the draws of time and noise"
         metrics["elbo_noise"] = {"value": float(noise), "unit": "nats", "bound": bound}
     result = runs.write_result(directory, metrics, state.ema, seconds)
-    page = diffusion_page.show(config, problem, directory, state.ema, test, key_show, result)
+    page = diffusion_page.show(config, problem, directory, state.ema, test, keys.show, result)
     console.print(
         f"ELBO {nats.mean:.2f} +- {nats.std_error:.2f} nats on {nats.num_data} test images ({judged})"
     )

@@ -201,7 +201,7 @@ def run(config: Config) -> dict:
     with exits.refusing():
         runs.check_settings(config)
         problem = build(config)
-        keys, model, names = bounds.keys_of(config.seed), problem.model, names_of(problem)
+        keys, model, names = runs.keys_of(config.seed), problem.model, names_of(problem)
         combine = vd.free_bits(dict.fromkeys(names if config.free_bits else (), config.free_bits))
         directory = runs.open_run(config)
     test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])

@@ -128,13 +128,13 @@ def run(config: Config) -> dict:
         problem = build(config)
         directory = runs.open_run(config)
     # The second of five, as the VAE's: the two are judged on the same bits.
-    key_start, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    keys = runs.keys_of(config.seed)
     model, train = problem.model, problem.dataset.train
-    test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
+    test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])
     chains = ()
     if config.algorithm == "persistent":
         first = train[np.arange(config.batch_size) % len(train)]
-        chains = training.transformed(problem.transform, key_start, first)
+        chains = training.transformed(problem.transform, keys.train, first)
     state = training.train(
         config,
         directory,
@@ -144,16 +144,16 @@ def run(config: Config) -> dict:
         batching=problem.batching,
         unit="nats of free energy",
         aux=chains,
-        hooks=(watching(problem, key_watch, test[:500], every=20 * config.log_every),),
+        hooks=(watching(problem, keys.watch, test[:500], every=20 * config.log_every),),
     )
 
     began = time.perf_counter()
-    draws = drawn(config, problem, key_show, state, max(100, config.chains))
+    draws = drawn(config, problem, keys.show, state, max(100, config.chains))
     with runs.console.status(f"annealing over {config.temperatures:,} temperatures, both ways"):
-        below = jax.block_until_ready(jax.jit(problem.below)(key_judge, state.ema))
-        above = jax.jit(problem.above)(key_judge, state.ema, draws[: config.chains])
+        below = jax.block_until_ready(jax.jit(problem.below)(keys.judge, state.ema))
+        above = jax.jit(problem.above)(keys.judge, state.ema, draws[: config.chains])
     free_energy = evaluate.evaluate(
-        lambda key, params, x: model.free_energy(params, x), key_judge, state.ema, test, batch_size=500
+        lambda key, params, x: model.free_energy(params, x), keys.judge, state.ema, test, batch_size=500
     )
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
 

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -85,6 +85,21 @@ def tell(line: str) -> None:
 def plain(message: object) -> str:
     """Keep Rich from reading markup into a message."""
     return str(message).replace("[", r"\[")
+
+
+class Keys(NamedTuple):
+    """Hold the keys of a run beside those of its training; `test` draws the binary pixels of the test set."""
+
+    train: jax.Array
+    test: jax.Array
+    watch: jax.Array
+    judge: jax.Array
+    show: jax.Array
+
+
+def keys_of(seed: int) -> Keys:
+    """Make a run's keys: models of one seed are judged on the same pixels."""
+    return Keys(*jax.random.split(jax.random.key(seed + 1), 5))
 
 
 def check_settings(config: RunConfig) -> None:

@@ -145,9 +145,9 @@ def run(config: Config) -> dict:
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
-    _, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    keys = runs.keys_of(config.seed)
     model = problem.model
-    test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
+    test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])
     watched = vd.likelihood_gradient(model, config.num_samples)
     state = training.train(
         config,
@@ -156,14 +156,14 @@ def run(config: Config) -> dict:
         vd.preprocessed(problem.objective, problem.transform),
         problem.dataset.train,
         hooks=(
-            training.held_out(watched, key_watch, test[:200], every=10 * config.log_every, name="test_iwae"),
+            training.held_out(watched, keys.watch, test[:200], every=10 * config.log_every, name="test_iwae"),
         ),
         best="test_iwae",
     )
 
     began = time.perf_counter()
-    judged = training.judge(model, config.eval_samples, key_judge, state.ema, test)
-    bound = evaluate.evaluate(vd.total(watched), key_judge, state.ema, test)
+    judged = training.judge(model, config.eval_samples, keys.judge, state.ema, test)
+    bound = evaluate.evaluate(vd.total(watched), keys.judge, state.ema, test)
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
     nats = evaluate.summarize(judged.value)
     metrics = {
@@ -177,9 +177,11 @@ def run(config: Config) -> dict:
     sample = jax.jit(jax.vmap(model.sample, in_axes=(0, None)))
     decode = jax.jit(jax.vmap(model.decode, in_axes=(None, 0)))
     encode = jax.jit(jax.vmap(model.sample_q, in_axes=(0, None, 0)))
-    keys = jax.random.split(key_show, 100)
-    report.image_grid(decode(state.ema, sample(keys, state.ema)[1]), directory / "samples.png", columns=20)
-    imagined = decode(state.ema, encode(keys[:20], state.ema, test[:20]))
+    of_draws = jax.random.split(keys.show, 100)
+    report.image_grid(
+        decode(state.ema, sample(of_draws, state.ema)[1]), directory / "samples.png", columns=20
+    )
+    imagined = decode(state.ema, encode(of_draws[:20], state.ema, test[:20]))
     report.reconstruction_grid(test[:20], imagined, directory / "reconstructions.png")
     rows = report.load_metrics(directory / "metrics.jsonl")
     name = "iwae" if "iwae" in rows[-1] else "elbo"

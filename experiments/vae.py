@@ -150,7 +150,7 @@ def run(config: Config) -> dict:
         problem = build(config)
         directory = runs.open_run(config)
     console = runs.console
-    keys = bounds.keys_of(config.seed)
+    keys = runs.keys_of(config.seed)
     train, test = problem.dataset.train, problem.dataset.test[: config.eval_images]
 
     test = training.transformed(problem.transform, keys.test, test)

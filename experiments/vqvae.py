@@ -131,10 +131,9 @@ def run(config: Config) -> dict:
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
-    # Five keys, as a VAE's run has, so that the test images are binarised to the same bits.
-    _, key_test, key_watch, key_judge, key_show = jax.random.split(jax.random.key(config.seed + 1), 5)
+    keys = runs.keys_of(config.seed)
     model = problem.model
-    test = training.transformed(problem.transform, key_test, problem.dataset.test[: config.eval_images])
+    test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])
     one_draw = vd.likelihood_gradient(model, 1)
     state = training.train(
         config,
@@ -142,14 +141,14 @@ def run(config: Config) -> dict:
         model,
         vd.preprocessed(problem.objective, problem.transform),
         problem.dataset.train,
-        hooks=(training.held_out(one_draw, key_watch, test[:500], every=10 * config.log_every),),
+        hooks=(training.held_out(one_draw, keys.watch, test[:500], every=10 * config.log_every),),
         best="test_elbo",
     )
 
     began = time.perf_counter()
-    judged = training.judge(model, config.eval_samples, key_judge, state.ema, test)
-    elbo = evaluate.evaluate(vd.total(one_draw), key_judge, state.ema, test)
-    codes = evaluate.evaluate(lambda key, params, x: model.encode(params, x), key_judge, state.ema, test)
+    judged = training.judge(model, config.eval_samples, keys.judge, state.ema, test)
+    elbo = evaluate.evaluate(vd.total(one_draw), keys.judge, state.ema, test)
+    codes = evaluate.evaluate(lambda key, params, x: model.encode(params, x), keys.judge, state.ema, test)
     seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
     nats = evaluate.summarize(judged.value)
     share = np.bincount(codes.ravel(), minlength=config.num_codes) / codes.size
@@ -162,7 +161,7 @@ def run(config: Config) -> dict:
         "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
     }
     result = runs.write_result(directory, metrics, state.ema, seconds)
-    page = show(config, problem, directory, state.ema, test, key_show, result)
+    page = show(config, problem, directory, state.ema, test, keys.show, result)
     runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
     exporting.export_functions(
         config,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import bounds, exits, hvae, runs, training, vae
+from experiments import exits, hvae, runs, training, vae
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_it_is_judged_on_the_vaes_pixels():
     config = config_of(None)
     problem = hvae.build(config)
     other = vae.build(vae.Config(likelihood="bernoulli"))
-    keys = bounds.keys_of(config.seed)
+    keys = runs.keys_of(config.seed)
     one, two = (training.transformed(p.transform, keys.test, p.dataset.test[:20]) for p in (problem, other))
     np.testing.assert_array_equal(one, two)
 

@@ -27,7 +27,7 @@ def test_it_trains_and_its_log_prob_is_the_exact_one(tmp_path):
 
     # Pixels that know nothing of each other, on the same bits, and the machine that the checkpoint holds, by the sum.
     problem = rbm.build(config)
-    key_test = jax.random.split(jax.random.key(config.seed + 1), 5)[1]
+    key_test = runs.keys_of(config.seed).test
     transform = vae.build(vae.Config(likelihood="bernoulli")).transform
     test = training.transformed(transform, key_test, problem.dataset.test[:60])
     chains = np.zeros((32, 8, 8, 1), np.uint8)
