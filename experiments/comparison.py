@@ -97,11 +97,11 @@ def cost_of(directory: Path) -> Cost:
     return Cost(sum(leaf.size for leaf in jax.tree.leaves(run.ema)), draw, judge)
 
 
-def draw_row(directory: Path, path: Path) -> Path:
+def draw_row(directory: Path, path: Path) -> None:
     """Picture NUM_DRAWS binary images of a finished run in a row, from its exported sampler."""
     run = vd.load_run(directory)
     x, _ = run.sample(jax.random.split(jax.random.key(1), NUM_DRAWS), run.ema)
-    return report.image_grid(np.asarray(x, np.float32), path, columns=NUM_DRAWS)
+    report.image_grid(np.asarray(x, np.float32), path, columns=NUM_DRAWS)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

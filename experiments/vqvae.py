@@ -158,7 +158,7 @@ def run(config: Config) -> dict:
         "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
         "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
         "code_perplexity": {"value": perplexity, "unit": f"of {config.num_codes} codes"},
-        "ess": {"value": float(np.median(judged.ess)), "unit": f"of {config.eval_samples} draws, median"},
+        **training.trust(judged, config.eval_samples),
     }
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
@@ -201,6 +201,7 @@ def show(
     metrics = result["metrics"]
     nats = metrics["log_prob"]
     draws = f"importance sampling, {config.eval_samples:,} draws, {nats['num_data']:,} test images"
+    draws += training.told(metrics)
     return report.write_page(
         directory,
         title=f"Discrete codes on {problem.dataset.name}, by {config.estimator}",

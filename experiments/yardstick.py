@@ -34,8 +34,8 @@ class Config:
 
 
 PRESETS = {
-    "smoke": ("a minute or two: small networks, a few steps", Config(size="smoke", eval_images=50)),
-    "digits": ("a quarter of an hour: the embedded 8x8 digits, binary", Config()),
+    "smoke": ("minutes: small networks, a few steps", Config(size="smoke", eval_images=50)),
+    "digits": ("twenty minutes or so: the embedded 8x8 digits, binary", Config()),
     "mnist": ("hours on two cores: binary MNIST", Config(data="mnist", size="mnist")),
     "fashion_mnist": ("hours on two cores: binary Fashion-MNIST", Config(data="fashion_mnist", size="mnist")),
 }
@@ -127,7 +127,8 @@ def run(config: Config) -> Path:
         run_dir = directory / family.name
         with runs.console.status(f"timing {family.label}"):
             cost = comparison.cost_of(run_dir)
-            picture = comparison.draw_row(run_dir, directory / f"{family.name}.png")
+            picture = Path(f"{family.name}.png")
+            comparison.draw_row(run_dir, directory / picture)
         entries.append(comparison.entry_of(family, result, picture, cost))
         facts.append(_facts(family, entries[-1], cost))
     page = report.write_index(
@@ -139,7 +140,9 @@ def run(config: Config) -> Path:
         tables=[report.FactTable("What each way to a density gives and takes", HEAD, facts)],
     )
     comparison.print_table(entries)
-    command = f"python -m experiments.yardstick {config.size} --data {config.data} --families"
+    command = (
+        f"python -m experiments.yardstick {config.size} --data {config.data} --seed {config.seed} --families"
+    )
     lines = comparison.markdown(entries, [f"{command} {family.name}" for family in families])
     (directory / "table.md").write_text(lines)
     runs.console.print(f"page  {page.resolve()}")

@@ -64,7 +64,8 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     [(_, result)] = comparison.train([family], tmp_path)
     cost = comparison.cost_of(tmp_path / "coin")
     assert cost.num_params == 7 and 0 < cost.draw < 1 and 0 < cost.judge < 1
-    picture = comparison.draw_row(tmp_path / "coin", tmp_path / "coin.png")
+    picture = Path("coin.png")
+    comparison.draw_row(tmp_path / "coin", tmp_path / picture)
     entry = comparison.entry_of(family, result, picture, cost)
     assert entry[1:7] == ("Coins", "exact", -3.0, 0.1, 1.5, 7.0) and entry.report == Path("coin/report.html")
     assert entry.num_params == 7 and entry.seconds_per_sample == cost.draw
@@ -82,6 +83,7 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
 def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):
     family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
     [(_, result)] = comparison.train([family], tmp_path)
-    picture = comparison.draw_row(tmp_path / "coin", tmp_path / "coin.png")
+    picture = Path("coin.png")
+    comparison.draw_row(tmp_path / "coin", tmp_path / picture)
     comparison.print_table([comparison.entry_of(family, result, picture)])
     assert "parameters" not in capsys.readouterr().out

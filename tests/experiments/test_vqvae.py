@@ -1,4 +1,6 @@
-"""The experiment of discrete codes: its model and its objectives are built for real digits."""
+"""The experiment of discrete codes: built for real digits by every estimator, trained and judged by one."""
+
+import json
 
 import jax
 import pytest
@@ -23,6 +25,24 @@ def test_every_estimator_is_built(estimator):
     assert {name: term.shape for name, term in terms.items()} == {
         "iwae" if estimator == "vimco" else "elbo": ()
     }
+
+
+@pytest.mark.slow
+def test_it_trains_and_is_judged(tmp_path):
+    config = config_of(tmp_path / "run", num_steps=120, log_every=6, checkpoint_every=60)
+    result = vqvae.run(config)
+    assert json.loads((tmp_path / "run/result.json").read_text()) == json.loads(json.dumps(result))
+    metrics = result["metrics"]
+    assert metrics["log_prob"]["num_data"] == config.eval_images
+    # Both are of the same images: many draws are above one beyond the noise of one.
+    assert metrics["log_prob"]["value"] > metrics["elbo"]["value"] - metrics["elbo"]["std_error"]
+    assert 1 <= metrics["code_perplexity"]["value"] <= config.num_codes
+    assert 0 <= metrics["k_hat"]["value"] <= 1 and 1 <= metrics["ess"]["value"] <= config.eval_samples
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [row["test_elbo"] for row in rows if "test_elbo" in row]
+    assert last > first
+    for name in ("samples.png", "reconstructions.png", "curves.png", "report.html"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
 
 
 def test_one_draw_has_no_leave_one_out(tmp_path, capsys):
