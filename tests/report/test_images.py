@@ -21,9 +21,15 @@ def test_image_grid_magnifies_each_pixel_by_a_whole_factor(tmp_path):
         assert np.all(cell[..., 3] == 1)
 
 
-def test_image_grid_leaves_gutters_and_missing_cells_transparent(tmp_path):
-    sheet = imread(sheets.image_grid(np.ones((7, 8, 8)), tmp_path / "grid.png", columns=3))
-    assert np.all(sheet[:, 200:210, 3] == 0) and np.all(sheet[200:210, :, 3] == 0)
+@pytest.mark.parametrize("page", [0.0, 1.0])
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_gutters_part_images_from_each_other_on_any_page_and_missing_cells_are_transparent(
+    tmp_path, page, pixel
+):
+    sheet = imread(sheets.image_grid(np.full((7, 8, 8), pixel), tmp_path / "grid.png", columns=3))
+    seen = sheet[..., 0] * sheet[..., 3] + page * (1 - sheet[..., 3])
+    for gutter in (seen[:200, 200:210], seen[200:210], seen[410:420]):
+        assert np.all(np.abs(gutter - pixel) > 0.15)
     assert np.all(sheet[420:, 210:, 3] == 0)  # the seventh image is alone in the last row
     assert np.all(sheet[420:, :200, 3] == 1)
 

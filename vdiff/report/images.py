@@ -16,11 +16,12 @@ from vdiff.report.ink import INK
 
 _CELL = 200  # pixels an image is magnified to, by a whole factor: 100 on a page, sharp on fine screens
 GUTTER = 10
+_WASH = (128, 128, 128, 110)  # parts a white image from a white page, and a black one from a black page
 _NOT_FINITE = (214, 39, 40, 255)
 
 
 def image_grid(images: ArrayLike, path: Path | str, *, columns: int) -> Path:
-    """Write images in reading order, each pixel a crisp square, with thin gutters.
+    """Write images in reading order, each pixel a crisp square, with thin grey gutters.
 
     Args:
         images: [N, H, W] or [N, H, W, C] with C 1 or 3, in [0, 1]; the noise of a Gaussian sample that
@@ -140,7 +141,7 @@ def check_images(name: str, images: ArrayLike) -> np.ndarray:
 
 
 def tile(images: np.ndarray, columns: int) -> np.ndarray:
-    """Lay [N, H, W, C] out as RGBA bytes, magnified, with transparent gutters between."""
+    """Lay [N, H, W, C] out as RGBA bytes, magnified, with grey gutters between; missing cells are transparent."""
     num, height, width, _ = images.shape
     columns = min(columns, num)
     pixels = np.full((num, height, width, 4), 255, np.uint8)
@@ -154,5 +155,6 @@ def tile(images: np.ndarray, columns: int) -> np.ndarray:
     sheet = np.zeros((rows * pitch[0] - GUTTER, columns * pitch[1] - GUTTER, 4), np.uint8)
     for i, image in enumerate(pixels):
         top, left = i // columns * pitch[0], i % columns * pitch[1]
+        sheet[top : top + pitch[0], left : left + pitch[1]] = _WASH
         sheet[top : top + height, left : left + width] = image
     return sheet
