@@ -155,6 +155,34 @@ def test_the_guide_to_hierarchies_runs():
 
 
 @pytest.mark.slow
+def test_the_guide_to_baselines_runs(capsys):
+    """Its numbers are what they are called: one nats, normalised, and log Z where it says."""
+    names = run_guide("baselines.md")
+    assert int(names["state"].step) == 200 and names["samples"].shape == (100, 2)
+    assert np.isfinite(names["nats"]) and names["drawn"].shape == (3, 3, 1)
+    below, exact = names["below"], names["exact"]
+    assert abs(below.value - exact) < 5 * below.std_error + 0.1
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        x = names["draws"][0]
+        nats = names["log_prob"](jax.random.key(9), names["state"].ema, x)
+        assert abs(nats + names["machine"].free_energy(names["state"].ema, x) + below.value) < 1e-3
+    assert "log Z" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_guide_to_evaluation_runs():
+    names = run_guide("evaluation.md")
+    judged, key = names["judged"], jax.random.key(9)
+    assert judged.value.shape == (20,) and np.all(np.isfinite(judged.value))
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for start in ("annealed", "from_prior"):
+            found = names["evaluate"].evaluate(names[start], key, names["params"], names["data"])
+            # Annealing is below in the mean, from the prior by more.
+            assert -2 < np.mean(found.value - judged.value) < 0.2, start
+    assert names["ranks"].shape[0] == 500 and np.all(np.asarray(names["found"].uniformity) <= 1)
+
+
+@pytest.mark.slow
 def test_the_guide_to_calling_runs(tmp_path, monkeypatch, capsys):
     """Its programs on a small run of the experiment that it names."""
     monkeypatch.chdir(tmp_path)

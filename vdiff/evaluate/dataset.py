@@ -36,7 +36,7 @@ def evaluate(
     evaluator: Callable[[Key, Params, PyTree], PyTree],
     key: Key,
     params: Params,
-    data: np.ndarray | Rows,
+    data: np.ndarray | jax.Array | Rows,
     *,
     batch_size: int = 100,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -76,7 +76,7 @@ def evaluate(
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_data], *results)
 
 
-def summarize(values: np.ndarray) -> Summary:
+def summarize(values: np.ndarray | jax.Array) -> Summary:
     """Average values over a data set.
 
     Args:

@@ -16,6 +16,7 @@ import warnings
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Array
 from scipy.stats import binom
 
 
@@ -45,7 +46,11 @@ class TwoSample(NamedTuple):
 
 
 def classifier_two_sample(
-    real: np.ndarray, sampled: np.ndarray, *, classifier: Classifier | None = None, seed: int = 0
+    real: np.ndarray | Array,
+    sampled: np.ndarray | Array,
+    *,
+    classifier: Classifier | None = None,
+    seed: int = 0,
 ) -> TwoSample:
     """Test whether samples can be told from data by a classifier that has not seen them.
 

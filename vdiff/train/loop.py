@@ -160,7 +160,7 @@ def stop_on_signals() -> Iterator[StopSignal]:
 def _stack(batches: list[PyTree], length: int) -> PyTree:
     """Stack batches on a new leading axis, padded with zeros to `length`, so that shapes never change."""
 
-    def stack(*leaves: np.ndarray) -> np.ndarray:
+    def stack(*leaves: np.ndarray | jax.Array) -> np.ndarray:
         out = np.zeros((length, *np.shape(leaves[0])), np.asarray(leaves[0]).dtype)
         for i, leaf in enumerate(leaves):
             out[i] = leaf
