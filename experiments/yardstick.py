@@ -48,7 +48,17 @@ CHAIN = ("latent variables, a chain", "a bound, the ELBO", "a path as large as x
 
 
 class Row(NamedTuple):
-    """Hold how a family is trained: its experiment's preset at each size, and what this page changes of it."""
+    """Hold how a family is trained: its experiment's preset at each size, and what this page changes of it.
+
+    Attributes:
+        label: the model, as the table has it.
+        kind: its way to a density, and what is known of that.
+        experiment: the module that trains it.
+        presets: size -> the preset's name.
+        changes: what this page sets otherwise at every size.
+        metric: the number of its result that is compared.
+        at: size -> what this page sets otherwise at that size.
+    """
 
     label: str
     kind: tuple[str, str, str, str]
@@ -56,7 +66,7 @@ class Row(NamedTuple):
     presets: dict[str, str]
     changes: dict[str, Any] = {}
     metric: str = "log_prob"
-    smoke: dict[str, Any] = {}
+    at: dict[str, dict[str, Any]] = {}
 
 
 SIZES = {"smoke": "smoke", "digits": "digits", "mnist": "mnist"}
@@ -69,12 +79,26 @@ ROWS: dict[str, Row] = {
         autoregressive,
         {"smoke": "smoke", "digits": "digits_pixelcnn", "mnist": "mnist_pixelcnn"},
         {"family": "pixelcnn"},
-        smoke={"features": 4, "layers": 2, "num_steps": 50},
+        at={"smoke": {"features": 4, "layers": 2, "num_steps": 50}},
     ),
     "rbm": Row("RBM, persistent CD", ENERGY, rbm, SIZES),
     "sbn": Row("sigmoid belief network, VIMCO", LATENT, sbn, SIZES),
-    "vae": Row("VAE, ELBO", LATENT, vae, SIZES, BINARY | {"bound": "elbo", "num_samples": 1}),
-    "iwae": Row("VAE, IWAE, K = 50", LATENT, vae, SIZES, BINARY | {"bound": "iwae", "num_samples": 50}),
+    "vae": Row(
+        "VAE, ELBO",
+        LATENT,
+        vae,
+        SIZES,
+        BINARY | {"bound": "elbo", "num_samples": 1},
+        at={"mnist": {"eval_samples": 1000}},
+    ),
+    "iwae": Row(
+        "VAE, IWAE, K = 50",
+        LATENT,
+        vae,
+        SIZES,
+        BINARY | {"bound": "iwae", "num_samples": 50},
+        at={"mnist": {"num_steps": 16_000, "batch_size": 32, "checkpoint_every": 1000}},
+    ),
     "hvae": Row("VAE, two layers", LATENT, hvae, SIZES, BINARY | {"network": "mlp"}),
     "ladder": Row(
         "ladder VAE",
@@ -108,7 +132,7 @@ def families_of(config: Config) -> list[comparison.Family]:
             seed=config.seed,
             eval_images=min(config.eval_images, settings.eval_images),
             **row.changes,
-            **(row.smoke if config.size == "smoke" else {}),
+            **row.at.get(config.size, {}),
         )
         made.append(comparison.Family(name, row.label, row.experiment, settings, row.metric, row.kind[0]))
     return made
