@@ -23,7 +23,7 @@ class Config(runs.RunConfig):
     checkpoint_every: int = 5
     width: int = 4
     pause: float = 0.0
-    """Seconds by which a step is made longer."""
+    """Seconds by which a step is made longer; each step also leaves a byte beside the run directory."""
 
 
 def build(width):
@@ -51,9 +51,14 @@ def run(config):
         directory = runs.open_run(config)
     model = build(config.width)
     score = vd.Hook(1, lambda step, state, metrics: {"score": metrics["objective"]})
-    wait = vd.Hook(1, lambda step, state, metrics: time.sleep(config.pause))
+
+    def beat(step, state, metrics):
+        with directory.with_suffix(".beats").open("ab") as file:
+            file.write(b".")
+        time.sleep(config.pause)
+
     objective = vd.pathwise(model)
-    state = training.train(config, directory, model, objective, IMAGES, hooks=(score, wait), best="score")
+    state = training.train(config, directory, model, objective, IMAGES, hooks=(score, vd.Hook(1, beat)), best="score")
     runs.write_result(directory, {}, state.params, {})
 
 
