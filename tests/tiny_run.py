@@ -58,7 +58,9 @@ def run(config):
         time.sleep(config.pause)
 
     objective = vd.pathwise(model)
-    state = training.train(config, directory, model, objective, IMAGES, hooks=(score, vd.Hook(1, beat)), best="score")
+    state = training.train(
+        config, directory, model, objective, IMAGES, hooks=(score, vd.Hook(1, beat)), best="score"
+    )
     runs.write_result(directory, {}, state.params, {})
 
 
