@@ -97,6 +97,29 @@ def cost_of(directory: Path) -> Cost:
     return Cost(sum(leaf.size for leaf in jax.tree.leaves(run.ema)), draw, judge)
 
 
+def gains_of_doubling(directory: Path) -> tuple[float, float] | None:
+    """Read from a run's curve what the steps were worth: nats of test images gained by doubling them.
+
+    The curve is taken between its rows as a line in log steps. Its rate fell to zero by the end, which the gain of the
+    last doubling includes; a longer run would have fallen later.
+
+    Args:
+        directory: the run directory, whose `metrics.jsonl` has one metric named test_*.
+
+    Returns:
+        The gain from half of the steps to all, and what the next doubling would gain if gains go on to shrink as they
+        did from the doubling before; None where the curve begins after a quarter of the steps.
+    """
+    rows = report.load_metrics(directory / "metrics.jsonl")
+    points = [(row["step"], row[name]) for row in rows for name in row if name.startswith("test_")]
+    if not points or points[0][0] > points[-1][0] / 4:
+        return None
+    steps, nats = np.asarray(points, np.float64).T
+    quarter, half, whole = np.interp(np.log2(steps[-1]) - np.array([2, 1, 0]), np.log2(steps), nats)
+    before, last = half - quarter, whole - half
+    return last, last * np.clip(last / before, 0.0, 1.0) if before > 0 else last
+
+
 def draw_row(directory: Path, path: Path) -> None:
     """Picture NUM_DRAWS binary images of a finished run in a row, from its exported sampler."""
     run = vd.load_run(directory)
@@ -156,11 +179,16 @@ def print_table(entries: Sequence[report.RunEntry]) -> None:
     runs.console.print(table)
 
 
-def markdown(entries: Sequence[report.RunEntry], commands: Sequence[str]) -> str:
-    """Write the rows as a table of Markdown, the command beside each."""
-    head = ("model", "parameters", "training", "bound", "nats", "bits/dim", "ms per sample", "command")
+def markdown(
+    entries: Sequence[report.RunEntry],
+    gains: Sequence[tuple[float, float] | None],
+    commands: Sequence[str],
+) -> str:
+    """Write the rows as a table of Markdown, beside each what doubling its steps gains, and the command."""
+    head = ("model", "parameters", "training", "bound", "nats", "bits/dim", "last doubling", "next")
+    head += ("ms per sample", "command")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for entry, command in zip(entries, commands, strict=True):
+    for entry, gain, command in zip(entries, gains, commands, strict=True):
         cells = (
             entry.model,
             report.format_value(entry.num_params),
@@ -168,6 +196,7 @@ def markdown(entries: Sequence[report.RunEntry], commands: Sequence[str]) -> str
             entry.bound,
             report.format_value(entry.nats, entry.std_error),
             report.format_value(entry.bits_per_dim),
+            *(("–", "–") if gain is None else (f"{nats:+.2f}" for nats in gain)),
             report.format_value(1000 * entry.seconds_per_sample),
             f"`{command}`",
         )

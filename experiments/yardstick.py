@@ -146,7 +146,7 @@ def run(config: Config) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         families = families_of(config)
     results = comparison.train(families, directory)
-    entries, facts = [], []
+    entries, facts, gains = [], [], []
     for family, result in results:
         run_dir = directory / family.name
         with runs.console.status(f"timing {family.label}"):
@@ -154,7 +154,8 @@ def run(config: Config) -> Path:
             picture = Path(f"{family.name}.png")
             comparison.draw_row(run_dir, directory / picture)
         entries.append(comparison.entry_of(family, result, picture, cost))
-        facts.append(_facts(family, entries[-1], cost))
+        gains.append(comparison.gains_of_doubling(run_dir))
+        facts.append(_facts(family, entries[-1], cost, gains[-1]))
     page = report.write_index(
         directory / "index.html",
         title=f"One yardstick: binary {config.data}",
@@ -167,21 +168,27 @@ def run(config: Config) -> Path:
     command = (
         f"python -m experiments.yardstick {config.size} --data {config.data} --seed {config.seed} --families"
     )
-    lines = comparison.markdown(entries, [f"{command} {family.name}" for family in families])
+    lines = comparison.markdown(entries, gains, [f"{command} {family.name}" for family in families])
     (directory / "table.md").write_text(lines)
     runs.console.print(f"page  {page.resolve()}")
     return page
 
 
-HEAD = ("model", "kind", "log p(x)", "one log p(x)", "a code of x", "a draw", "one draw", "nats")
+HEAD = ("model", "kind", "log p(x)", "one log p(x)", "a code of x", "a draw", "one draw", "nats", "doubling")
 
 
-def _facts(family: comparison.Family, entry: report.RunEntry, cost: comparison.Cost) -> tuple[str, ...]:
+def _facts(
+    family: comparison.Family,
+    entry: report.RunEntry,
+    cost: comparison.Cost,
+    gain: tuple[float, float] | None,
+) -> tuple[str, ...]:
     """Fill a row of the lecture's comparison: what is known of the kind, and what this run measured."""
     kind, known, code, draw = ROWS[family.name].kind
     nats = report.format_value(entry.nats, entry.std_error)
     times = [_time(cost.judge), _time(cost.draw)]
-    return (family.label, kind, known, times[0], code, draw, times[1], nats)
+    grown = "–" if gain is None else f"{gain[0]:+.2f}, next {gain[1]:+.2f}"
+    return (family.label, kind, known, times[0], code, draw, times[1], nats, grown)
 
 
 def _time(seconds: float | None) -> str:

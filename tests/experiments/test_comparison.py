@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import vdiff as vd
 from experiments import comparison, runs, settings
@@ -72,9 +73,9 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     page = report.write_index(tmp_path / "index.html", title="t", lead="l", runs=[entry]).read_text()
     assert "parameters" in page and ">7<" in page
 
-    head, _, row = comparison.markdown([entry], ["python -m coin"]).splitlines()
+    head, _, row = comparison.markdown([entry], [(0.5, 0.125)], ["python -m coin"]).splitlines()
     assert head.count("|") == row.count("|")
-    assert row.startswith("| Coins | 7 | 7.0 s | exact | −3.00 ± 0.10 | 1.500 |")
+    assert row.startswith("| Coins | 7 | 7.0 s | exact | −3.00 ± 0.10 | 1.500 | +0.50 | +0.12 |")
     assert row.endswith("| `python -m coin` |")
     comparison.print_table([entry])
     assert "parameters" in capsys.readouterr().out
@@ -87,3 +88,21 @@ def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):
     comparison.draw_row(tmp_path / "coin", tmp_path / picture)
     comparison.print_table([comparison.entry_of(family, result, picture)])
     assert "parameters" not in capsys.readouterr().out
+
+
+def test_what_doubling_the_steps_gains_is_read_from_the_curve(tmp_path):
+    """On a curve that falls short by 8 / sqrt(steps): each doubling gains sqrt(1/2) of what the one before did."""
+    steps = 2 ** np.arange(11)
+    nats = -80 - 8 / np.sqrt(steps)
+
+    def gains(first):
+        rows = [{"step": int(s), "test_elbo": v} for s, v in zip(steps, nats, strict=True) if s >= first]
+        rows.insert(0, {"step": 0, "objective": -500.0})
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return comparison.gains_of_doubling(tmp_path)
+
+    expected = 8 / np.sqrt(512) - 8 / np.sqrt(1024)
+    np.testing.assert_allclose(gains(1), (expected, expected * np.sqrt(0.5)), rtol=1e-9)
+    assert gains(512) is None
+    nats = nats[::-1]  # worse the longer, as by too high a rate
+    assert gains(1)[1] == gains(1)[0] < 0
