@@ -74,7 +74,6 @@ from vdiff.models.em import fit_em as fit_em
 from vdiff.models.flow import conditioner as conditioner
 from vdiff.models.flow import flow as flow
 from vdiff.models.gmm import GMM as GMM
-from vdiff.models.gmm import collapsed as collapsed
 from vdiff.models.gmm import gmm as gmm
 from vdiff.models.hvae import HVAE as HVAE
 from vdiff.models.hvae import hvae as hvae
@@ -83,6 +82,10 @@ from vdiff.models.ladder import as_seen as as_seen
 from vdiff.models.ladder import ladder as ladder
 from vdiff.models.ladder import precision_weighted as precision_weighted
 from vdiff.models.ladder import relative_to_prior as relative_to_prior
+from vdiff.models.mixture import Mixture as Mixture
+from vdiff.models.mixture import collapsed as collapsed
+from vdiff.models.mixture import mixture as mixture
+from vdiff.models.mixture import pixel_components as pixel_components
 from vdiff.models.posterior import Posterior as Posterior
 from vdiff.models.posterior import amortized as amortized
 from vdiff.models.posterior import local as local

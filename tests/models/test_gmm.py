@@ -11,7 +11,8 @@ import scipy.stats
 
 import vdiff as vd
 from vdiff.models.covariance import diagonal_covariance, full_covariance, shared_covariance
-from vdiff.models.gmm import GMM, collapsed, gmm
+from vdiff.models.gmm import GMM, gmm
+from vdiff.models.mixture import collapsed
 
 KINDS = {"full": full_covariance, "shared": shared_covariance, "diagonal": diagonal_covariance}
 every_kind = pytest.mark.parametrize("kind", KINDS)
