@@ -9,10 +9,24 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import vdiff as vd
-from experiments import autoregressive, comparison, diffusion, exits, hvae, rbm, runs, sbn, vae, vqvae
+from experiments import (
+    autoregressive,
+    comparison,
+    diffusion,
+    exits,
+    hvae,
+    mixture,
+    rbm,
+    runs,
+    sbn,
+    vae,
+    vqvae,
+)
 from vdiff import report
 
-Name = Literal["made", "pixelcnn", "rbm", "sbn", "vae", "iwae", "hvae", "ladder", "vqvae", "diffusion"]
+Name = Literal[
+    *("mixture", "made", "pixelcnn", "rbm", "sbn", "vae", "iwae", "hvae", "ladder", "vqvae", "diffusion")
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +54,8 @@ PRESETS = {
     "fashion_mnist": ("hours on two cores: binary Fashion-MNIST", Config(data="fashion_mnist", size="mnist")),
 }
 
-# The lecture's four ways to a density (12.1), and what is known of each before anything is measured.
+# The lecture's ways to a density (12.1), and what is known of each before anything is measured.
+SUMMED = ("a latent variable, summed", "exact, a sum", "p(z | x), exact", "one pass")
 AUTOREGRESSIVE = ("autoregressive", "exact", "none", "pixel after pixel")
 ENERGY = ("energy-based", "up to log Z, which annealing estimates", "hidden bits", "a Markov chain")
 LATENT = ("latent variables", "a bound, tight as draws grow", "q(z | x)", "one pass")
@@ -72,6 +87,7 @@ class Row(NamedTuple):
 SIZES = {"smoke": "smoke", "digits": "digits", "mnist": "mnist"}
 BINARY = {"likelihood": "bernoulli"}
 ROWS: dict[str, Row] = {
+    "mixture": Row("mixture of Bernoullis", SUMMED, mixture, SIZES),
     "made": Row("MADE", AUTOREGRESSIVE, autoregressive, SIZES),
     "pixelcnn": Row(
         "PixelCNN",
