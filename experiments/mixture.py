@@ -81,11 +81,12 @@ def build(config: Config) -> Problem:
     dataset = data.load(config.data)
     shape, levels = dataset.train.shape[1:], dataset.levels
     likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](pixels.looked_at(dataset.train), levels)
-    components = vd.pixel_components(likelihood, shape, out_bias=out_bias, init_scale=config.init_scale)
-    model = vd.mixture(config.num_components, components)
+    transform = lambda key, x: x  # noqa: E731
     if config.likelihood == "bernoulli":
-        return Problem(model, likelihood.mean, dataset, vd.transforms.binarize(levels), 2)
-    return Problem(model, likelihood.mean, dataset, lambda key, x: x, levels)
+        transform, levels = vd.transforms.binarize(levels), 2
+    start = {"out_bias": out_bias, "init_scale": config.init_scale}
+    model = vd.mixture(config.num_components, vd.pixel_components(likelihood, levels, shape, **start))
+    return Problem(model, likelihood.mean, dataset, transform, levels)
 
 
 def run(config: Config) -> dict:

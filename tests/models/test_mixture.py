@@ -17,7 +17,7 @@ IMAGES = np.array(list(itertools.product([0, 1], repeat=4)), np.int32).reshape(-
 
 
 def bernoullis(encoder=None, **options):
-    components = pixel_components(likelihoods.bernoulli(), SHAPE, init_scale=1.5, **options)
+    components = pixel_components(likelihoods.bernoulli(), 2, SHAPE, init_scale=1.5, **options)
     return mixture(COMPONENTS, components, encoder=encoder)
 
 
@@ -89,6 +89,7 @@ def test_draws_have_the_models_frequencies():
     assert np.max(np.abs(z_score)) < 4.5
 
 
+@pytest.mark.slow
 def test_the_linter_finds_nothing():
     model = bernoullis()
     found = vd.check_model(model, params_of(model), IMAGES[5], jax.random.key(4), 4000)
@@ -97,15 +98,47 @@ def test_the_linter_finds_nothing():
 
 def test_components_are_told_apart_at_the_start_around_the_bias():
     bias = np.arange(4.0).reshape(SHAPE)
-    out = pixel_components(likelihoods.bernoulli(), SHAPE, out_bias=bias, init_scale=0.1).init(
+    out = pixel_components(likelihoods.bernoulli(), 2, SHAPE, out_bias=bias, init_scale=0.1).init(
         jax.random.key(5), 2000
     )["out"]
     np.testing.assert_allclose(out.mean(0), bias, atol=5 * 0.1 / np.sqrt(2000))
     np.testing.assert_allclose(out.std(0), 0.1, rtol=5 / np.sqrt(2 * 2000))
-    levels = pixel_components(likelihoods.categorical(5), SHAPE)
+    levels = pixel_components(likelihoods.categorical(5), 5, SHAPE)
     assert levels.init(jax.random.key(5), 3)["out"].shape == (3, *SHAPE, 5)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "levels"),
+    [
+        (likelihoods.bernoulli(), 2),
+        (likelihoods.categorical(5), 5),
+        (likelihoods.discretized_logistic(7), 7),
+    ],
+)
+def test_a_component_has_the_law_of_its_likelihood_in_value_and_gradient(likelihood, levels):
+    components = pixel_components(likelihood, levels, SHAPE, init_scale=3.0)
+    theta = components.init(jax.random.key(9), COMPONENTS)
+    x = jax.random.randint(jax.random.key(10), SHAPE, 0, levels)
+    for z in range(COMPONENTS):
+        found = jax.value_and_grad(components.log_prob)(theta, jnp.int32(z), x)
+        expected = jax.value_and_grad(lambda theta, z=z: likelihood.log_prob(theta["out"][z], x))(theta)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    for level in (-1, levels):
+        assert np.isnan(components.log_prob(theta, jnp.int32(0), x.at[0, 0, 0].set(level)))
+
+
+def test_a_batch_is_one_matrix_product():
+    """No array as large as data x components x pixels: the sum over pixels is a product of matrices."""
+    model = mixture(50, pixel_components(likelihoods.bernoulli(), 2, (8, 8, 1)))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((30, 8, 8, 1), jnp.int32)
+    total = lambda params, x: jnp.sum(jax.vmap(model.log_prob, in_axes=(None, 0))(params, x))  # noqa: E731
+    compiled = jax.jit(jax.grad(total)).lower(shapes, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 30 * 50 * 64
+
+
+@pytest.mark.slow
 def test_it_learns_the_law_that_made_its_data():
     """From a thousand draws: as good as the truth, on the truth's own law, to what a thousand draws can tell."""
     import optax
@@ -132,7 +165,9 @@ def test_the_record_begins_as_a_model():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="num_components: got 0"):
-        mixture(0, pixel_components(likelihoods.bernoulli(), SHAPE))
+        mixture(0, pixel_components(likelihoods.bernoulli(), 2, SHAPE))
+    with pytest.raises(ValueError, match="levels: got 1, expected at least 2"):
+        pixel_components(likelihoods.bernoulli(), 1, SHAPE)
     model = bernoullis()
     with pytest.raises(ValueError, match=r"x: got shape \[16, 2, 2, 1\], expected \[2, 2, 1\].*vmap"):
         model.log_prob(params_of(model), IMAGES)

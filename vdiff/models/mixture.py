@@ -5,18 +5,20 @@ r"""A finite mixture: the latent-variable model whose every quantity is a sum ov
     p(z | x)   = p(z) p(x | z) / p(x)                               exact, so a q for which
     ELBO(x)    = log p(x)                                           tight at the posterior (12.2.3)
 
-What a component is, is a record of three functions: `gaussian_components` of vectors, `pixel_components` of images by
-any likelihood.
+What a component is, is a record of three functions: `gaussian_components` of vectors, `pixel_components` of images of
+discrete pixels.
 
 Source: lecture 12.2.1 and 12.2.3; Bishop, Pattern Recognition and Machine Learning, 2006, 9.2 and 9.3.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import Precision
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
@@ -160,26 +162,35 @@ def mixture(num_components: int, components: Components, *, encoder: Network | N
 
 def pixel_components(
     likelihood: Likelihood,
+    levels: int,
     shape: tuple[int, ...],
     *,
     out_bias: np.ndarray | float = 0.0,
     init_scale: float = 0.3,
 ) -> Components:
-    """Build components whose pixels are independent: p(x | z) = prod_i likelihood(x_i; out_zi).
+    """Build components whose pixels are independent and discrete.
+
+        log p(x | z) = sum_i T_z[i, x_i],   T_z[i, l] = log-mass that likelihood(out_zi) gives the level l
+
+    A table of masses is the same for all data: over a batch the sum is one matrix product with the levels, one-hot.
 
     Args:
         likelihood: what a pixel is; under `likelihoods.bernoulli()` the mixture is one of Bernoullis (Bishop, 9.3.3).
+        levels: how many values a pixel has, 2 for bits.
         shape: of x.
         out_bias: broadcast to `likelihood.out_shape(shape)`; the outputs' start, the same in all components.
         init_scale: standard deviation of the noise on that, which tells components apart.
 
     Returns:
-        `Components`, theta = {"out": [C, *likelihood.out_shape(shape)]}.
+        `Components`, theta = {"out": [C, *likelihood.out_shape(shape)]}. A level outside 0..levels-1 gives NaN.
 
     Raises:
-        ValueError: at trace time, if x has another shape.
+        ValueError: if there are fewer than two levels; at trace time, if x has another shape.
     """
+    if levels < 2:
+        raise ValueError(f"levels: got {levels}, expected at least 2; count the values a pixel can take")
     out_shape = likelihood.out_shape(shape)
+    num_pixels, of_pixel = math.prod(shape), out_shape[len(shape) :]
 
     def init(key: Key, num_components: int) -> PyTree:
         noise = jax.random.normal(check_key(key), (num_components, *out_shape))
@@ -190,7 +201,13 @@ def pixel_components(
         if jnp.shape(x) != tuple(shape):
             fix = "pass one datum, and map over a batch with jax.vmap"
             raise ValueError(f"x: got shape {list(jnp.shape(x))}, expected {list(shape)}; {fix}")
-        return likelihood.log_prob(theta["out"][z], x)
+        x = jnp.asarray(x, jnp.int32).ravel()
+        of_level = jax.vmap(likelihood.log_prob, in_axes=(None, 0))
+        out = theta["out"][z].reshape(num_pixels, *of_pixel)
+        table = jax.vmap(of_level, in_axes=(0, None))(out, jnp.arange(levels, dtype=jnp.int32))
+        shown = jax.nn.one_hot(x, levels, dtype=table.dtype)
+        value = jnp.dot(shown.ravel(), table.ravel(), precision=Precision.HIGHEST)
+        return jnp.where(jnp.all((x >= 0) & (x < levels)), value, jnp.nan)
 
     return Components(
         init, log_prob, lambda key, theta, z: likelihood.sample(check_key(key), theta["out"][z])
