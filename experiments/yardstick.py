@@ -113,7 +113,7 @@ ROWS: dict[str, Row] = {
         vae,
         SIZES,
         BINARY | {"bound": "iwae", "num_samples": 50},
-        at={"mnist": {"num_steps": 16_000, "batch_size": 32, "checkpoint_every": 1000}},
+        at={"mnist": {"num_steps": 16_000, "batch_size": 32, "checkpoint_every": 1000, "eval_samples": 1000}},
     ),
     "hvae": Row("VAE, two layers", LATENT, hvae, SIZES, BINARY | {"network": "mlp"}),
     "ladder": Row(
