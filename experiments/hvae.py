@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
@@ -28,7 +27,7 @@ class Config(runs.RunConfig):
     latent_dims: tuple[int, ...] = (100, 50)
     """mlp: units of each layer, from the data upwards."""
     hidden: tuple[int, ...] = (200, 100)
-    """mlp: width of the two tanh layers between each layer of units and what is below it."""
+    """mlp: width of the two hidden layers between each layer of units and what is below it."""
     features: tuple[int, ...] = (16, 32)
     """ladder: channels of each grid, finest first; the first has one position for each 2 x 2 pixels."""
     latents: tuple[int, ...] = (2, 4)
@@ -81,15 +80,15 @@ PRESETS = {
         ),
     ),
     "mnist": (
-        "twenty minutes on two cores, and as long for judging: binarised MNIST, two layers of 100 and 50 units",
+        "twenty minutes on a core, and as long for judging: binarised MNIST, two layers of 100 and 50 units",
         Config(
             data="mnist",
             network="mlp",
-            bound="iwae",
-            num_samples=5,
+            hidden=(512, 512),
             num_steps=60_000,
             batch_size=64,
-            eval_samples=5000,
+            learning_rate=2e-3,
+            warmup_steps=1000,
             log_every=200,
             checkpoint_every=10_000,
         ),
@@ -107,7 +106,6 @@ PRESETS = {
             warmup_steps=1000,
             free_bits=1.0,
             eval_samples=200,
-            eval_images=2000,
             log_every=50,
             checkpoint_every=1000,
         ),
@@ -171,14 +169,14 @@ def _of_perceptrons(
     out_bias: np.ndarray,
     likelihood: vd.Likelihood,
 ) -> vd.HVAE:
-    """Build the networks of Burda et al. (2016): two tanh layers each, of one width."""
+    """Build networks of two hidden layers each, of one width, as Burda et al. (2016) did with tanh."""
     dims, widths = config.latent_dims, config.hidden
     if len(widths) != len(dims):
         raise ValueError(
             f"hidden: got {len(widths)} widths for {len(dims)} latent_dims, expected one a layer; give as many"
         )
     below = (shape, *((dim,) for dim in dims[:-1]))
-    layers = [{"hidden": (width, width), "activation": jnp.tanh} for width in widths]
+    layers = [{"hidden": (width, width)} for width in widths]
     encoders = [
         nets.mlp(size, (2 * dim,), **layer) for size, dim, layer in zip(below, dims, layers, strict=True)
     ]
