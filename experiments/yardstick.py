@@ -113,7 +113,15 @@ ROWS: dict[str, Row] = {
         vae,
         SIZES,
         BINARY | {"bound": "iwae", "num_samples": 50},
-        at={"mnist": {"num_steps": 16_000, "batch_size": 32, "checkpoint_every": 1000, "eval_samples": 1000}},
+        at={
+            "mnist": {
+                "num_steps": 20_000,
+                "batch_size": 20,
+                "learning_rate": 2e-3,
+                "checkpoint_every": 2000,
+                "eval_samples": 1000,
+            }
+        },
     ),
     "hvae": Row("VAE, two layers", LATENT, hvae, SIZES, BINARY | {"network": "mlp"}),
     "ladder": Row(
