@@ -4,7 +4,6 @@ python -m experiments.autoregressive digits
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,8 +12,8 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import exits, exporting, pixels, runs, training
-from vdiff import baselines, data, evaluate, nets, report
+from experiments import exits, exporting, judging, pixels, runs, training
+from vdiff import baselines, data, nets, report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,22 +106,20 @@ def build(config: Config) -> Problem:
     Raises:
         ValueError: if the data set is unknown or does not fit.
     """
-    dataset = data.load(config.data)
-    if config.binarization == "fixed" and not isinstance(dataset.train, np.ndarray):
-        raise ValueError(
-            f"binarization: got fixed for {config.data}, which stays on disk, expected data in memory; use dynamic"
-        )
-    shape, levels = dataset.train.shape[1:], dataset.levels
-    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](pixels.looked_at(dataset.train), levels)
-    out_shape = likelihood.out_shape(shape)
+    of = pixels.load(config.data, config.likelihood)
+    if config.binarization == "fixed":
+        pixels.check_drawn_once(config.data, of.dataset)
+    shape, out_shape = of.shape, of.likelihood.out_shape(of.shape)
     if config.family == "made":
-        net = nets.masked_mlp(shape, out_shape, hidden=config.hidden, out_bias=out_bias)
+        net = nets.masked_mlp(shape, out_shape, hidden=config.hidden, out_bias=of.out_bias)
         orders = baselines.shuffled_orders(int(np.prod(shape)), config.num_orders, seed=config.seed)
-        model = baselines.made(net, shape, likelihood=likelihood, orders=orders)
+        model = baselines.made(net, shape, likelihood=of.likelihood, orders=orders)
     else:
         sizes = {name: getattr(config, name) for name in ("features", "layers", "kernel", "reach")}
         model = baselines.pixelcnn(
-            nets.gated_pixelcnn(shape, out_shape, **sizes, out_bias=out_bias), shape, likelihood=likelihood
+            nets.gated_pixelcnn(shape, out_shape, **sizes, out_bias=of.out_bias),
+            shape,
+            likelihood=of.likelihood,
         )
 
     def objective(step: jax.Array) -> vd.Objective:
@@ -130,9 +127,7 @@ def build(config: Config) -> Problem:
             return baselines.under_order(model, step % config.num_orders)
         return model.elbo_terms
 
-    if config.likelihood == "bernoulli":
-        return Problem(model, objective, dataset, vd.transforms.binarize(levels), 2)
-    return Problem(model, objective, dataset, lambda key, x: x, levels)
+    return Problem(model, objective, of.dataset, of.transform, of.levels)
 
 
 def run(config: Config) -> dict:
@@ -160,23 +155,14 @@ def run(config: Config) -> dict:
         best="test_log_prob",
     )
 
-    began = time.perf_counter()
-    log_prob = vd.total(model.elbo_terms)
-    with training.counting("judging", len(test)) as on_progress:
-        nats = evaluate.summarize(
-            evaluate.evaluate(log_prob, keys.judge, state.ema, test, batch_size=50, on_progress=on_progress)
-        )
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
     exact = "exact"
     if config.family == "made" and config.num_orders > 1:
         exact = f"exact, a mixture of {config.num_orders} orders"
-    metrics = {
-        "log_prob": runs.metric(nats, exact),
-        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-    }
-    result = runs.write_result(directory, metrics, state.ema, seconds)
+    log_prob = vd.total(model.elbo_terms)
+    judged = judging.judge_exact(log_prob, exact, keys.judge, state.ema, test, directory)
+    result = runs.write_result(directory, judged.metrics, state.ema, judged.seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
-    runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
+    judging.tell(judged.metrics)
     exporting.export_functions(
         config,
         directory,
@@ -218,17 +204,11 @@ def show(
     rows = report.load_metrics(directory / "metrics.jsonl")
     report.training_curves(rows, directory / "curves.png", bound="log_prob")
     family = "MADE" if config.family == "made" else "PixelCNN"
-    metrics = result["metrics"]
-    nats = metrics["log_prob"]
-    how = f"{nats['bound']}, {nats['num_data']:,} test images"
     return report.write_page(
         directory,
         title=f"{family} on {problem.dataset.name}",
         lead="Each pixel's law given those before it: no latent, no bound, and a draw that goes pixel by pixel.",
-        headline=[
-            report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", how),
-            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
-        ],
+        headline=judging.tiles(result["metrics"], test[0].size),
         figures=[
             report.FigureEntry("samples.png", "What the model imagines: draws, pixel by pixel."),
             report.FigureEntry("data.png", "Test images, as the model is shown them."),

@@ -1,17 +1,12 @@
-"""What experiments on latent-variable models of images share: the bound that is raised, and how a model is judged."""
+"""The bound that experiments on latent-variable models of images raise."""
 
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import vdiff as vd
-from experiments import runs, training
-from vdiff import evaluate
 
 
 class BoundConfig(Protocol):
@@ -50,40 +45,3 @@ def objective_of(
         return vd.preprocessed(vd.weighted(bound, dict.fromkeys(kl_terms, beta)), transform)
 
     return vd.scheduled(at)
-
-
-class Judged(NamedTuple):
-    """Hold what judging a trained model gives.
-
-    Attributes:
-        metrics: `log_prob`, `elbo`, `bits_per_dim`, and how far weights are to be trusted, as `result.json` has them.
-        terms: the ELBO's terms of every test image, each [N], nats.
-        seconds: of training and of evaluation.
-    """
-
-    metrics: dict[str, Any]
-    terms: dict[str, np.ndarray]
-    seconds: dict[str, float]
-
-
-def judge(
-    model: vd.ModelLike,
-    num_samples: int,
-    key: jax.Array,
-    params: vd.Params,
-    test: np.ndarray,
-    directory: Path,
-) -> Judged:
-    """Judge a model on test images by importance sampling, and by its ELBO, term by term."""
-    began = time.perf_counter()
-    judged = training.judge(model, num_samples, key, params, test)
-    terms = evaluate.evaluate(model.elbo_terms, key, params, test)
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
-    nats = evaluate.summarize(judged.value)
-    metrics = {
-        "log_prob": runs.metric(nats, f"importance, K = {num_samples:,}"),
-        "elbo": runs.metric(evaluate.summarize(sum(terms.values())), "ELBO, one draw"),
-        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-        **training.trust(judged, num_samples),
-    }
-    return Judged(metrics, terms, seconds)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import diffusion_page, exits, exporting, runs, training
+from experiments import diffusion_page, exits, exporting, judging, runs, training
 from experiments.diffusion_build import Config, Problem, build, num_times
 from vdiff import diffusion, evaluate
 from vdiff.diffusion import weights
@@ -186,9 +186,9 @@ def run(config: Config) -> dict:
 
     began = time.perf_counter()
     sweeps = sweeps_of(problem, num_times(config), config.eval_sweeps)
-    with training.counting("judging", len(test)) as on_progress:
+    with judging.counting("judging", len(test)) as on_progress:
         terms = evaluate.evaluate(sweeps, keys.judge, state.ema, test, batch_size=50, on_progress=on_progress)
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
+    seconds = judging.seconds_since(began, directory)
 
     values = sum(terms.values())  # [N, sweeps]
     nats = evaluate.summarize(values.mean(1))

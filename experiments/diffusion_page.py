@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import training
+from experiments import judging
 from experiments.diffusion_build import GRIDS, Config, Problem, diffusion_of, num_times
 from vdiff import diffusion, evaluate, report
 from vdiff.types import Key, Params
@@ -123,7 +123,7 @@ def _show_samples(
         x = to_unit(y if vae is None else vae.decode(params, y))
         return x, views(params, path[shown]), views(params, guesses)
 
-    with training.counting("sampling", num) as on_progress:
+    with judging.counting("sampling", num) as on_progress:
         images, latents, guesses = evaluate.evaluate(
             sample, key, params, np.arange(num), batch_size=20, on_progress=on_progress
         )

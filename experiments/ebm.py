@@ -14,7 +14,7 @@ import numpy as np
 from scipy import special
 
 import vdiff as vd
-from experiments import exits, exporting, runs, training
+from experiments import exits, exporting, judging, runs, training
 from vdiff import baselines, data, evaluate, nets, report, transforms
 from vdiff.types import Key, Params
 
@@ -221,7 +221,7 @@ def run(config: Config) -> dict:
     chains = jax.jit(jax.vmap(lambda key: annealed_chain(config, problem, key, state.ema)))
     with console.status("Hamiltonian Monte Carlo"):
         samples = jax.tree.map(np.asarray, chains(jax.random.split(key_chains, config.num_chains)))
-    seconds = {"training": training.training_seconds(directory), "sampling": time.perf_counter() - began}
+    seconds = {"training": judging.training_seconds(directory), "sampling": time.perf_counter() - began}
     began = time.perf_counter()
     metrics = judge(config, problem, state.ema, samples, key_noise)
     seconds["evaluation"] = time.perf_counter() - began

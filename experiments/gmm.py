@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exits, exporting, runs, training
+from experiments import exits, exporting, judging, runs, training
 from vdiff import data, evaluate, nets, report
 from vdiff.types import Key, Params, Terms
 
@@ -192,7 +192,7 @@ def run(config: Config) -> dict:
     for name, params in (("em", by_em), ("gradient", state.ema)):
         scores[name], trust = _judge(config, problem, exact, key_judge, params, f"judging {name}")
     elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, problem.test)
-    seconds = {"training": training.training_seconds(directory), "em": em_seconds}
+    seconds = {"training": judging.training_seconds(directory), "em": em_seconds}
     seconds["evaluation"] = time.perf_counter() - began
 
     bound = f"importance, K = {config.eval_samples:,}" if problem.levels else "exact"
@@ -255,12 +255,8 @@ def _judge(
         )
         return evaluate.summarize(values), {}
     model = vd.dequantized(exact, problem.levels)
-    log_prob = evaluate.importance_log_prob(model, config.eval_samples, chunk_size=50)
-    with training.counting(label, len(problem.test)) as on_progress:
-        judged = evaluate.evaluate(
-            log_prob, key, params, problem.test, batch_size=20, on_progress=on_progress
-        )
-    return evaluate.summarize(judged.value), training.trust(judged, config.eval_samples)
+    judged = judging.estimate_log_prob(model, config.eval_samples, key, params, problem.test, label)
+    return evaluate.summarize(judged.value), judging.trust(judged, config.eval_samples)
 
 
 def show(
@@ -314,9 +310,7 @@ def show(
 
     metrics, judged = result["metrics"], "exact"
     if problem.levels:
-        judged = (
-            f"{config.eval_samples:,} draws of the dequantisation noise{training.told(result['metrics'])}"
-        )
+        judged = f"{config.eval_samples:,} draws of the dequantisation noise{judging.told(result['metrics'])}"
     tiles = [
         report.Tile(
             "log p(x), by gradient", unit="nats per datum", note=judged, **_value(metrics["log_prob"])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import bounds, exits, exporting, pixels, runs, training
+from experiments import bounds, exits, exporting, judging, pixels, runs, training
 from vdiff import data, nets, report
 
 
@@ -137,53 +137,41 @@ def build(config: Config) -> Problem:
     """
     if config.bound == "iwae" and (config.free_bits or config.warmup_steps):
         raise ValueError("bound: got iwae with warm-up or free bits, which are weights on terms; use elbo")
-    dataset = data.load(config.data)
-    shape = dataset.train.shape[1:]
-    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](
-        pixels.looked_at(dataset.train), dataset.levels
-    )
-    out_shape = likelihood.out_shape(shape)
+    of = pixels.load(config.data, config.likelihood)
+    out_shape = of.likelihood.out_shape(of.shape)
     if config.network == "ladder":
         networks = nets.conv_ladder(
-            shape,
+            of.shape,
             out_shape,
             features=config.features,
             latents=config.latents,
             layers_per_level=config.layers_per_level,
             num_blocks=config.num_blocks,
             top=config.top,
-            out_bias=out_bias,
+            out_bias=of.out_bias,
         )
-        model = vd.ladder(*networks, likelihood=likelihood)
+        model = vd.ladder(*networks, likelihood=of.likelihood)
     else:
-        model = _of_perceptrons(config, shape, out_shape, out_bias, likelihood)
-    if config.likelihood == "bernoulli":
-        return Problem(model, dataset, vd.transforms.binarize(dataset.levels), 2)
-    return Problem(model, dataset, lambda key, x: x, dataset.levels)
+        model = _of_perceptrons(config, of, out_shape)
+    return Problem(model, of.dataset, of.transform, of.levels)
 
 
-def _of_perceptrons(
-    config: Config,
-    shape: tuple[int, ...],
-    out_shape: tuple[int, ...],
-    out_bias: np.ndarray,
-    likelihood: vd.Likelihood,
-) -> vd.HVAE:
+def _of_perceptrons(config: Config, of: pixels.Pixels, out_shape: tuple[int, ...]) -> vd.HVAE:
     """Build networks of two hidden layers each, of one width, as Burda et al. (2016) did with tanh."""
     dims, widths = config.latent_dims, config.hidden
     if len(widths) != len(dims):
         raise ValueError(
             f"hidden: got {len(widths)} widths for {len(dims)} latent_dims, expected one a layer; give as many"
         )
-    below = (shape, *((dim,) for dim in dims[:-1]))
+    below = (of.shape, *((dim,) for dim in dims[:-1]))
     layers = [{"hidden": (width, width)} for width in widths]
     encoders = [
         nets.mlp(size, (2 * dim,), **layer) for size, dim, layer in zip(below, dims, layers, strict=True)
     ]
-    decoders = [nets.mlp(dims[:1], out_shape, out_bias=out_bias, **layers[0])]
+    decoders = [nets.mlp(dims[:1], out_shape, out_bias=of.out_bias, **layers[0])]
     for low, high, layer in zip(dims[:-1], dims[1:], layers[1:], strict=True):
         decoders.append(nets.mlp((high,), (2 * low,), **layer))
-    return vd.hvae(encoders, decoders, latent_dims=dims, likelihood=likelihood)
+    return vd.hvae(encoders, decoders, latent_dims=dims, likelihood=of.likelihood)
 
 
 def names_of(problem: Problem) -> list[str]:
@@ -220,16 +208,14 @@ def run(config: Config) -> dict:
         ),
         best="test_elbo",
     )
-    judged = bounds.judge(model, config.eval_samples, keys.judge, state.ema, test, directory)
+    beside = judging.Beside("elbo", "ELBO, one draw", model.elbo_terms)
+    judged = judging.judge(model, config.eval_samples, keys.judge, state.ema, test, directory, beside)
     metrics = judged.metrics
     for name in names:
         metrics[name] = {"value": float(-judged.terms[name].mean()), "unit": "nats per datum"}
     result = runs.write_result(directory, metrics, state.ema, judged.seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
-    nats = metrics["log_prob"]
-    runs.console.print(
-        f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats on {nats['num_data']} test images"
-    )
+    judging.tell(metrics)
     exporting.export_functions(
         config,
         directory,
@@ -279,17 +265,11 @@ def show(
             for name, size in zip(names, sizes, strict=True)
         ],
     )
-    nats, elbo = metrics["log_prob"], metrics["elbo"]
-    draws = f"importance sampling, {config.eval_samples:,} draws, {nats['num_data']:,} test images"
     return report.write_page(
         directory,
         title=f"Hierarchical variational autoencoder on {problem.dataset.name}",
         lead=f"{len(z)} layers of Gaussians, trained by a bound on log p(x), judged in nats, layer by layer.",
-        headline=[
-            report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", draws),
-            report.Tile("ELBO", elbo["value"], elbo["std_error"], "nats per datum", "one draw"),
-            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
-        ],
+        headline=judging.tiles(metrics, test[0].size),
         figures=[
             report.FigureEntry(
                 "samples.png", "What the model imagines: E[x | z] for z drawn from the prior."

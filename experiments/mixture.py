@@ -4,7 +4,6 @@ python -m experiments.mixture digits
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import exits, exporting, pixels, runs, training
+from experiments import exits, exporting, judging, pixels, runs, training
 from vdiff import data, evaluate, report
 
 
@@ -78,15 +77,11 @@ def build(config: Config) -> Problem:
     Raises:
         ValueError: if the data set is unknown or does not fit.
     """
-    dataset = data.load(config.data)
-    shape, levels = dataset.train.shape[1:], dataset.levels
-    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](pixels.looked_at(dataset.train), levels)
-    transform = lambda key, x: x  # noqa: E731
-    if config.likelihood == "bernoulli":
-        transform, levels = vd.transforms.binarize(levels), 2
-    start = {"out_bias": out_bias, "init_scale": config.init_scale}
-    model = vd.mixture(config.num_components, vd.pixel_components(likelihood, levels, shape, **start))
-    return Problem(model, likelihood.mean, dataset, transform, levels)
+    of = pixels.load(config.data, config.likelihood)
+    start = {"out_bias": of.out_bias, "init_scale": config.init_scale}
+    components = vd.pixel_components(of.likelihood, of.levels, of.shape, **start)
+    model = vd.mixture(config.num_components, components)
+    return Problem(model, of.likelihood.mean, of.dataset, of.transform, of.levels)
 
 
 def run(config: Config) -> dict:
@@ -112,27 +107,6 @@ def run(config: Config) -> dict:
         best="test_log_prob",
     )
 
-    began = time.perf_counter()
-    with training.counting("judging", len(test)) as on_progress:
-        judged = evaluate.evaluate(
-            lambda key, params, x: (model.log_prob(params, x), model.log_posterior(params, x)),
-            keys.judge,
-            state.ema,
-            test,
-            on_progress=on_progress,
-        )
-    nats = evaluate.summarize(judged[0])
-    used = int((np.bincount(judged[1].argmax(-1), minlength=config.num_components) > 0).sum())
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
-    metrics = {
-        "log_prob": runs.metric(nats, f"exact, {config.num_components:,} components"),
-        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-        "used_components": {"value": used, "unit": "components, the likeliest of some test image"},
-    }
-    result = runs.write_result(directory, metrics, state.ema, seconds)
-    page = show(config, problem, directory, state.ema, test, keys.show, result)
-    runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
-
     def log_prob(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
         """Compute log p(x), exact; nats."""
         return model.log_prob(params, x)
@@ -140,6 +114,19 @@ def run(config: Config) -> dict:
     def encode(params: vd.Params, x: jax.Array) -> jax.Array:
         """Compute log p(z | x) of every component z."""
         return model.log_posterior(params, x)
+
+    label = f"exact, {config.num_components:,} components"
+    metrics, _, seconds = judging.judge_exact(log_prob, label, keys.judge, state.ema, test, directory)
+    likeliest = evaluate.evaluate(
+        lambda key, params, x: encode(params, x).argmax(), keys.judge, state.ema, test
+    )
+    metrics["used_components"] = {
+        "value": len(np.unique(likeliest)),
+        "unit": "components, the likeliest of some test image",
+    }
+    result = runs.write_result(directory, metrics, state.ema, seconds)
+    page = show(config, problem, directory, state.ema, test, keys.show, result)
+    judging.tell(metrics)
 
     exporting.export_functions(
         config,
@@ -176,15 +163,12 @@ def show(
     report.reconstruction_grid(test[:20] / top, np.asarray(closest) / top, directory / "reconstructions.png")
     rows = report.load_metrics(directory / "metrics.jsonl")
     report.training_curves(rows, directory / "curves.png", bound="log_prob")
-    nats = metrics["log_prob"]
-    how = f"{nats['bound']}, {nats['num_data']:,} test images"
     return report.write_page(
         directory,
         title=f"Mixture on {problem.dataset.name}",
         lead="One choice among a few images, then every pixel by itself: the latent-variable model that can be summed.",
         headline=[
-            report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", how),
-            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
+            *judging.tiles(metrics, test[0].size),
             report.Tile(
                 "components used", metrics["used_components"]["value"], None, f"of {config.num_components}"
             ),

@@ -1,5 +1,8 @@
 """What a pixel is: a likelihood, and where a decoder's output starts so that it knows each pixel's own law."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -27,6 +30,48 @@ def _gaussian(images: np.ndarray, levels: int) -> tuple[vd.Likelihood, np.ndarra
     unit = (images + 0.5) / levels
     out_bias = np.stack([unit.mean(0), np.log(unit.std(0) + 0.3 / levels)], axis=-1)
     return likelihoods.gaussian(), out_bias
+
+
+class Pixels(NamedTuple):
+    """Hold images, and what a pixel of them is to a model.
+
+    Attributes:
+        dataset: the images, as integer levels.
+        shape: of an image.
+        likelihood: of a pixel.
+        out_bias: where a decoder's output starts, of `likelihood.out_shape(shape)`: the pixels' own laws.
+        transform: `(key, levels) -> x`, what a model sees: the binarisation, or nothing.
+        levels: how many values a pixel of x has.
+    """
+
+    dataset: vd.data.Dataset
+    shape: tuple[int, ...]
+    likelihood: vd.Likelihood
+    out_bias: np.ndarray
+    transform: Callable[[jax.Array, jax.Array], jax.Array]
+    levels: int
+
+
+def load(name: str, likelihood: str) -> Pixels:
+    """Load a data set, to be modelled under one of `LIKELIHOODS`.
+
+    Raises:
+        ValueError: if the data set is unknown or does not fit.
+    """
+    dataset = vd.data.load(name)
+    of, out_bias = LIKELIHOODS[likelihood](looked_at(dataset.train), dataset.levels)
+    transform, levels = (lambda key, x: x), dataset.levels
+    if likelihood == "bernoulli":
+        transform, levels = vd.transforms.binarize(dataset.levels), 2
+    return Pixels(dataset, dataset.train.shape[1:], of, out_bias, transform, levels)
+
+
+def check_drawn_once(name: str, dataset: vd.data.Dataset) -> None:
+    """Refuse to draw binary pixels once of images that stay on disk."""
+    if not isinstance(dataset.train, np.ndarray):
+        raise ValueError(
+            f"binarization: got fixed for {name}, which stays on disk, expected data in memory; use dynamic"
+        )
 
 
 def looked_at(images: np.ndarray | vd.data.Rows, *, at_most: int = 10_000) -> np.ndarray:

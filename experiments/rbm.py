@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exits, exporting, pixels, runs, training
+from experiments import exits, exporting, judging, pixels, runs, training
 from vdiff import baselines, data, evaluate, report
 
 
@@ -102,11 +102,9 @@ def build(config: Config) -> Problem:
     Raises:
         ValueError: if the data set is unknown, or there are fewer than two chains.
     """
-    dataset = data.load(config.data)
-    _, bias = pixels.LIKELIHOODS["bernoulli"](pixels.looked_at(dataset.train), dataset.levels)
-    shape = dataset.train.shape[1:]
-    model = baselines.rbm(shape, config.num_hidden, visible_bias=bias, num_steps=config.sample_sweeps)
-    transform = vd.transforms.binarize(dataset.levels)
+    of = pixels.load(config.data, "bernoulli")
+    bias = of.out_bias
+    model = baselines.rbm(of.shape, config.num_hidden, visible_bias=bias, num_steps=config.sample_sweeps)
     if config.algorithm == "persistent":
         raised, batching = baselines.persistent_contrastive_divergence, vd.persistent
     else:
@@ -118,7 +116,7 @@ def build(config: Config) -> Problem:
     )
     above = baselines.reverse_log_partition(model, bias, betas)
     objective = raised(model, config.num_sweeps)
-    return Problem(model, objective, batching, dataset, transform, below, above, watch)
+    return Problem(model, objective, batching, of.dataset, of.transform, below, above, watch)
 
 
 def run(config: Config) -> dict:
@@ -155,7 +153,7 @@ def run(config: Config) -> dict:
     free_energy = evaluate.evaluate(
         lambda key, params, x: model.free_energy(params, x), keys.judge, state.ema, test, batch_size=500
     )
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
+    seconds = judging.seconds_since(began, directory)
 
     annealed = f"{config.chains} chains, {config.temperatures:,} temperatures"
     metrics = {

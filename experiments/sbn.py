@@ -4,7 +4,6 @@ python -m experiments.sbn digits --estimator wake_sleep
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -14,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import exits, exporting, pixels, runs, training
-from vdiff import data, evaluate, nets, report
+from experiments import exits, exporting, judging, pixels, runs, training
+from vdiff import data, nets, report
 
 Estimator = Literal[
     *("vimco", "rloo", "learned_baseline", "wake_wake", "wake_sleep"),
@@ -103,13 +102,12 @@ def build(config: Config) -> Problem:
     Raises:
         ValueError: if the data set is unknown, or the estimator does not fit the layers.
     """
-    dataset = data.load(config.data)
-    shape, widths = dataset.train.shape[1:], config.widths
-    likelihood, out_bias = pixels.LIKELIHOODS["bernoulli"](pixels.looked_at(dataset.train), dataset.levels)
+    of = pixels.load(config.data, "bernoulli")
+    shape, likelihood, widths = of.shape, of.likelihood, config.widths
     below = (shape, *((width,) for width in widths[:-1]))
     encoders = [nets.mlp(size, (width,), hidden=()) for size, width in zip(below, widths, strict=True)]
     decoders = [
-        nets.mlp((width,), size, hidden=(), out_bias=out_bias if i == 0 else 0.0)
+        nets.mlp((width,), size, hidden=(), out_bias=of.out_bias if i == 0 else 0.0)
         for i, (size, width) in enumerate(zip(below, widths, strict=True))
     ]
     model = vd.sbn(encoders, decoders, num_units=widths[-1], likelihood=likelihood)
@@ -136,7 +134,7 @@ def build(config: Config) -> Problem:
     init_cv, make = objectives[config.estimator]
     if init_cv is not None:
         model = vd.with_cv(model, init_cv)
-    return Problem(model, make(), dataset, vd.transforms.binarize(dataset.levels))
+    return Problem(model, make(), of.dataset, of.transform)
 
 
 def run(config: Config) -> dict:
@@ -161,17 +159,10 @@ def run(config: Config) -> dict:
         best="test_iwae",
     )
 
-    began = time.perf_counter()
-    judged = training.judge(model, config.eval_samples, keys.judge, state.ema, test)
-    bound = evaluate.evaluate(vd.total(watched), keys.judge, state.ema, test)
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
-    nats = evaluate.summarize(judged.value)
-    metrics = {
-        "log_prob": runs.metric(nats, f"importance, K = {config.eval_samples:,}"),
-        "iwae": runs.metric(evaluate.summarize(bound), f"IWAE, K = {config.num_samples:,}"),
-        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-        **training.trust(judged, config.eval_samples),
-    }
+    beside = judging.Beside("iwae", f"IWAE, K = {config.num_samples:,}", watched)
+    metrics, _, seconds = judging.judge(
+        model, config.eval_samples, keys.judge, state.ema, test, directory, beside
+    )
     result = runs.write_result(directory, metrics, state.ema, seconds)
 
     sample = jax.jit(jax.vmap(model.sample, in_axes=(0, None)))
@@ -186,22 +177,11 @@ def run(config: Config) -> dict:
     rows = report.load_metrics(directory / "metrics.jsonl")
     name = "iwae" if "iwae" in rows[-1] else "elbo"
     report.training_curves(rows, directory / "curves.png", bound=name)
-    draws = f"importance sampling, {config.eval_samples:,} draws, {len(test):,} test images{training.told(metrics)}"
     page = report.write_page(
         directory,
         title=f"Sigmoid belief network on {problem.dataset.name}, by {config.estimator}",
         lead="Layers of bits, trained without a derivative through a draw, judged by log p(x).",
-        headline=[
-            report.Tile("log p(x)", nats.mean, nats.std_error, "nats per datum", draws),
-            report.Tile(
-                "IWAE",
-                metrics["iwae"]["value"],
-                metrics["iwae"]["std_error"],
-                "nats per datum",
-                f"{config.num_samples} draws",
-            ),
-            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
-        ],
+        headline=judging.tiles(metrics, test[0].size),
         figures=[
             report.FigureEntry(
                 "samples.png", "What the model imagines: E[x | z] for z drawn from the prior."
@@ -212,7 +192,7 @@ def run(config: Config) -> dict:
         config=dataclasses.asdict(config) | {"run_dir": str(config.run_dir)},
         result=result,
     )
-    runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
+    judging.tell(metrics)
     export(config, problem, directory, state, test[0])
     runs.console.print(f"report   {page}")
     return result

@@ -3,14 +3,13 @@
 import contextlib
 import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import vdiff as vd
 from experiments import exits, hosts, performance, runs, settings
@@ -284,49 +283,3 @@ def transformed(
     """Transform images once, e.g. draw the binary pixels that a test set is judged on; returns uint8."""
     drawn = vd.evaluate.evaluate(lambda key, params, x: transform(key, x), key, vd.Params(), images)
     return drawn.astype(np.uint8)
-
-
-@contextlib.contextmanager
-def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over work that is counted in data."""
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
-
-
-def judge(
-    model: vd.ModelLike, num_samples: int, key: jax.Array, params: vd.Params, images: np.ndarray
-) -> vd.LogProb:
-    """Estimate log p(x) of every image by importance sampling, under a progress bar; leaves are [N]."""
-    log_prob = vd.evaluate.importance_log_prob(model, num_samples, chunk_size=50)
-    with counting("judging", len(images)) as on_progress:
-        return vd.evaluate.evaluate(log_prob, key, params, images, batch_size=20, on_progress=on_progress)
-
-
-def trust(judged: vd.LogProb, num_samples: int) -> dict[str, dict]:
-    """Say how far importance weights can be trusted, as metrics: their effective number, and how many have long tails.
-
-    Args:
-        judged: of every image, leaves [N].
-        num_samples: K, the draws per image.
-
-    Returns:
-        "ess", and "k_hat" where there are draws enough to tell.
-    """
-    metrics = {"ess": {"value": float(np.median(judged.ess)), "unit": f"of {num_samples} draws, median"}}
-    share = vd.evaluate.untrusted_share(judged.k_hat)
-    if not math.isnan(share):
-        metrics["k_hat"] = {"value": share, "unit": "of the images above 0.7, where weights are not trusted"}
-    return metrics
-
-
-def told(metrics: Mapping[str, dict]) -> str:
-    """Put the share of k-hats above 0.7, where it is known, in words that go on a sentence."""
-    return f", k-hat above 0.7 for {metrics['k_hat']['value']:.1%}" if "k_hat" in metrics else ""
-
-
-def training_seconds(directory: Path) -> float:
-    """Read how long training took, over all resumptions."""
-    rows = vd.report.load_metrics(directory / "metrics.jsonl")
-    return float(rows[-1]["seconds"]) if rows else 0.0

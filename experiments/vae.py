@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vdiff as vd
-from experiments import bounds, exits, exporting, pixels, runs, training
+from experiments import bounds, exits, exporting, judging, pixels, runs, training
 from vdiff import data, evaluate, nets, report
 
 
@@ -104,21 +104,17 @@ def build(config: Config) -> Problem:
     Raises:
         ValueError: if the data set is unknown or does not fit.
     """
-    dataset = data.load(config.data)
-    if config.binarization == "fixed" and not isinstance(dataset.train, np.ndarray):
-        raise ValueError(
-            f"binarization: got fixed for {config.data}, which stays on disk, expected data in memory; use dynamic"
-        )
-    shape, levels = dataset.train.shape[1:], dataset.levels
-    likelihood, out_bias = pixels.LIKELIHOODS[config.likelihood](pixels.looked_at(dataset.train), levels)
-    out_shape = likelihood.out_shape(shape)
+    of = pixels.load(config.data, config.likelihood)
+    if config.binarization == "fixed":
+        pixels.check_drawn_once(config.data, of.dataset)
+    shape, out_shape, levels = of.shape, of.likelihood.out_shape(of.shape), of.levels
     inside = {} if config.precision == "float32" else {"dtype": jnp.dtype(config.precision)}
     if config.network == "conv":
         encoder = nets.conv_encoder(shape, 2 * config.latent_dim, **inside)
         decoder = nets.conv_decoder(config.latent_dim, out_shape, **inside)
     else:
         encoder = nets.mlp(shape, (2 * config.latent_dim,), hidden=config.hidden, **inside)
-        layers = {"hidden": config.hidden[::-1], "out_bias": out_bias}
+        layers = {"hidden": config.hidden[::-1], "out_bias": of.out_bias}
         decoder = nets.mlp((config.latent_dim,), out_shape, **layers, **inside)
     if config.remat:
         encoder, decoder = nets.rematerialized(encoder), nets.rematerialized(decoder)
@@ -126,10 +122,8 @@ def build(config: Config) -> Problem:
     if config.prior_components > 1:
         mixture = vd.gmm(config.prior_components, config.latent_dim, covariance=vd.diagonal_covariance)
         prior = vd.collapsed(mixture)
-    vae = vd.vae(encoder, decoder, latent_dim=config.latent_dim, likelihood=likelihood, prior=prior)
-    problem = Problem(vae, vae, dataset, lambda key, x: x, lambda x: x, levels)
-    if config.likelihood == "bernoulli":
-        return problem._replace(transform=vd.transforms.binarize(levels), levels=2)
+    vae = vd.vae(encoder, decoder, latent_dim=config.latent_dim, likelihood=of.likelihood, prior=prior)
+    problem = Problem(vae, vae, of.dataset, of.transform, lambda x: x, levels)
     if config.likelihood == "gaussian":
         centre = lambda x: (x.astype(jnp.float32) + 0.5) / levels  # noqa: E731
         return problem._replace(model=vd.dequantized(vae, levels), to_vae=centre)
@@ -149,7 +143,6 @@ def run(config: Config) -> dict:
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
-    console = runs.console
     keys = runs.keys_of(config.seed)
     train, test = problem.dataset.train, problem.dataset.test[: config.eval_images]
 
@@ -167,8 +160,9 @@ def run(config: Config) -> dict:
         best="test_elbo",
     )
 
-    metrics, _, seconds = bounds.judge(
-        problem.model, config.eval_samples, keys.judge, state.ema, test, directory
+    beside = judging.Beside("elbo", "ELBO, one draw", problem.model.elbo_terms)
+    metrics, _, seconds = judging.judge(
+        problem.model, config.eval_samples, keys.judge, state.ema, test, directory, beside
     )
     loc, scale = evaluate.evaluate(
         lambda key, params, x: problem.vae.encode(params, problem.to_vae(x)), keys.judge, state.ema, test
@@ -177,12 +171,9 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, metrics, state.ema, seconds)
     kl = evaluate.unit_kl(loc, scale)
     page = show(config, problem, directory, state.ema, test, loc, kl, keys.show, result)
-    nats = metrics["log_prob"]
-    console.print(
-        f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats on {nats['num_data']} test images"
-    )
+    judging.tell(metrics)
     export(config, problem, directory, state, test[0])
-    console.print(f"report   {page}")
+    runs.console.print(f"report   {page}")
     return result
 
 
@@ -264,19 +255,12 @@ def show(
         report.FigureEntry("curves.png", "The objective and its terms over training, in nats per datum."),
         report.FigureEntry("kl_per_unit.png", "How many nats each latent unit carries on average."),
     ]
-    log_prob = metrics["log_prob"]
-    draws = f"importance sampling, {config.eval_samples:,} draws, {log_prob['num_data']:,} test images"
-    draws += training.told(metrics)
     return report.write_page(
         directory,
         title=f"Variational autoencoder on {problem.dataset.name}",
         lead="A deep latent Gaussian, its posterior amortised by a network, trained by a bound on log p(x).",
         headline=[
-            report.Tile("log p(x)", log_prob["value"], log_prob["std_error"], "nats per datum", draws),
-            report.Tile(
-                "ELBO", metrics["elbo"]["value"], metrics["elbo"]["std_error"], "nats per datum", "one draw"
-            ),
-            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
+            *judging.tiles(metrics, test[0].size),
             report.Tile("active units", metrics["active_units"]["value"], None, f"of {config.latent_dim}"),
         ],
         figures=[entry for entry in figures if (directory / entry.path).exists()],

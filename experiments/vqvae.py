@@ -4,7 +4,6 @@ python -m experiments.vqvae digits
 """
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 
 import vdiff as vd
-from experiments import exits, exporting, pixels, runs, training
+from experiments import exits, exporting, judging, pixels, runs, training
 from vdiff import baselines, data, evaluate, likelihoods, nets, report
 
 
@@ -97,9 +96,8 @@ def build(config: Config) -> Problem:
     Raises:
         ValueError: if the data set is unknown, or the estimator needs more draws.
     """
-    dataset = data.load(config.data)
-    shape, codes = dataset.train.shape[1:], (config.num_latents, config.num_codes)
-    likelihood, out_bias = pixels.LIKELIHOODS["bernoulli"](pixels.looked_at(dataset.train), dataset.levels)
+    of = pixels.load(config.data, "bernoulli")
+    shape, codes = of.shape, (config.num_latents, config.num_codes)
     entries = (config.num_latents, config.code_dim)
     sizes = {name: getattr(config, name) for name in ("num_latents", "num_codes", "code_dim")}
     prior = baselines.made(
@@ -110,9 +108,9 @@ def build(config: Config) -> Problem:
     )
     model = vd.vqvae(
         nets.mlp(shape, entries, hidden=config.hidden),
-        nets.mlp(entries, likelihood.out_shape(shape), hidden=config.hidden[::-1], out_bias=out_bias),
+        nets.mlp(entries, of.likelihood.out_shape(shape), hidden=config.hidden[::-1], out_bias=of.out_bias),
         **sizes,
-        likelihood=likelihood,
+        likelihood=of.likelihood,
         prior=prior,
     )
     k, soft = config.num_samples, (model.logits, config.temperature, vd.elbo, config.num_samples)
@@ -122,7 +120,7 @@ def build(config: Config) -> Problem:
         "vimco": lambda: vd.score_function(model, vd.iwae, k),
         "rloo": lambda: vd.score_function(model, vd.elbo, k),
     }[config.estimator]()
-    return Problem(model, objective, dataset, vd.transforms.binarize(dataset.levels))
+    return Problem(model, objective, of.dataset, of.transform)
 
 
 def run(config: Config) -> dict:
@@ -145,24 +143,17 @@ def run(config: Config) -> dict:
         best="test_elbo",
     )
 
-    began = time.perf_counter()
-    judged = training.judge(model, config.eval_samples, keys.judge, state.ema, test)
-    elbo = evaluate.evaluate(vd.total(one_draw), keys.judge, state.ema, test)
+    beside = judging.Beside("elbo", "ELBO, one draw", one_draw)
+    metrics, _, seconds = judging.judge(
+        model, config.eval_samples, keys.judge, state.ema, test, directory, beside
+    )
     codes = evaluate.evaluate(lambda key, params, x: model.encode(params, x), keys.judge, state.ema, test)
-    seconds = {"training": training.training_seconds(directory), "evaluation": time.perf_counter() - began}
-    nats = evaluate.summarize(judged.value)
     share = np.bincount(codes.ravel(), minlength=config.num_codes) / codes.size
     perplexity = float(np.exp(-np.sum(share[share > 0] * np.log(share[share > 0]))))
-    metrics = {
-        "log_prob": runs.metric(nats, f"importance, K = {config.eval_samples:,}"),
-        "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
-        "bits_per_dim": {"value": vd.bits_per_dim(nats.mean, test[0].size), "unit": "bits/dim"},
-        "code_perplexity": {"value": perplexity, "unit": f"of {config.num_codes} codes"},
-        **training.trust(judged, config.eval_samples),
-    }
+    metrics["code_perplexity"] = {"value": perplexity, "unit": f"of {config.num_codes} codes"}
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
-    runs.console.print(f"log p(x) {nats.mean:.2f} +- {nats.std_error:.2f} nats on {len(test)} test images")
+    judging.tell(metrics)
     exporting.export_functions(
         config,
         directory,
@@ -199,19 +190,12 @@ def show(
     name = "iwae" if "iwae" in rows[-1] else "elbo"
     report.training_curves(rows, directory / "curves.png", bound=name)
     metrics = result["metrics"]
-    nats = metrics["log_prob"]
-    draws = f"importance sampling, {config.eval_samples:,} draws, {nats['num_data']:,} test images"
-    draws += training.told(metrics)
     return report.write_page(
         directory,
         title=f"Discrete codes on {problem.dataset.name}, by {config.estimator}",
         lead="An image is a few entries of a codebook, whose law a MADE learns; judged by log p(x).",
         headline=[
-            report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", draws),
-            report.Tile(
-                "ELBO", metrics["elbo"]["value"], metrics["elbo"]["std_error"], "nats per datum", "one draw"
-            ),
-            report.Tile("bits/dim", metrics["bits_per_dim"]["value"], None, "", f"{test[0].size} dimensions"),
+            *judging.tiles(metrics, test[0].size),
             report.Tile(
                 "codes in use",
                 metrics["code_perplexity"]["value"],
