@@ -17,13 +17,20 @@ class BoundConfig(Protocol):
     warmup_steps: int
 
 
+def bound_of(config: BoundConfig, model: vd.ModelLike) -> vd.Objective:
+    """Choose the bound: the ELBO with its closed forms, a mean over draws, or the importance-weighted one (DReG)."""
+    if config.bound == "iwae":
+        return vd.doubly_reparameterized(model, vd.iwae, config.num_samples)
+    return vd.repeat(model.elbo_terms, config.num_samples)
+
+
 def objective_of(
     config: BoundConfig,
     model: vd.ModelLike,
     transform: Callable[[jax.Array, jax.Array], jax.Array],
     kl_terms: Sequence[str],
 ) -> vd.Scheduled:
-    """Choose what is raised, of one stored image, at a step.
+    """Make what is raised of one stored image, at a step: the bound, its KL terms warmed up.
 
     Args:
         config: the settings.
@@ -32,11 +39,9 @@ def objective_of(
         kl_terms: the terms whose weight rises to one over the warm-up.
 
     Returns:
-        The ELBO with its closed forms, a mean over draws, or the importance-weighted bound with the DReG gradient.
+        The scheduled objective.
     """
-    bound = vd.repeat(model.elbo_terms, config.num_samples)
-    if config.bound == "iwae":
-        bound = vd.doubly_reparameterized(model, vd.iwae, config.num_samples)
+    bound = bound_of(config, model)
 
     def at(step: jax.Array) -> vd.Objective:
         if not config.warmup_steps:

@@ -191,6 +191,7 @@ def run(config: Config) -> dict:
         combine = vd.free_bits(dict.fromkeys(names if config.free_bits else (), config.free_bits))
         directory = runs.open_run(config)
     test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])
+    watched, name = bounds.bound_of(config, model), f"test_{config.bound}"
     state = training.train(
         config,
         directory,
@@ -198,15 +199,8 @@ def run(config: Config) -> dict:
         bounds.objective_of(config, model, problem.transform, names),
         problem.dataset.train,
         combine=combine,
-        hooks=(
-            training.held_out(
-                vd.preprocessed(model.elbo_terms, lambda key, x: x),
-                keys.watch,
-                test[:500],
-                every=10 * config.log_every,
-            ),
-        ),
-        best="test_elbo",
+        hooks=(training.held_out(watched, keys.watch, test[:500], every=10 * config.log_every, name=name),),
+        best=name,
     )
     beside = judging.Beside("elbo", "ELBO, one draw", model.elbo_terms)
     judged = judging.judge(model, config.eval_samples, keys.judge, state.ema, test, directory, beside)

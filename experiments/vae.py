@@ -147,7 +147,7 @@ def run(config: Config) -> dict:
     train, test = problem.dataset.train, problem.dataset.test[: config.eval_images]
 
     test = training.transformed(problem.transform, keys.test, test)
-    watched = vd.preprocessed(problem.model.elbo_terms, lambda key, x: x)
+    watched, name = bounds.bound_of(config, problem.model), f"test_{config.bound}"
     state = training.train(
         config,
         directory,
@@ -156,8 +156,8 @@ def run(config: Config) -> dict:
         training.transformed(problem.transform, keys.train, train)
         if config.binarization == "fixed"
         else train,
-        hooks=(training.held_out(watched, keys.watch, test[:500], every=10 * config.log_every),),
-        best="test_elbo",
+        hooks=(training.held_out(watched, keys.watch, test[:500], every=10 * config.log_every, name=name),),
+        best=name,
     )
 
     beside = judging.Beside("elbo", "ELBO, one draw", problem.model.elbo_terms)
