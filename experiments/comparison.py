@@ -120,11 +120,11 @@ def gains_of_doubling(directory: Path) -> tuple[float, float] | None:
     return last, last * np.clip(last / before, 0.0, 1.0) if before > 0 else last
 
 
-def draw_row(directory: Path, path: Path) -> None:
-    """Picture NUM_DRAWS binary images of a finished run in a row, from its exported sampler."""
+def draws_of(directory: Path) -> np.ndarray:
+    """Draw NUM_DRAWS binary images of a finished run, by its exported sampler."""
     run = vd.load_run(directory)
     x, _ = run.sample(jax.random.split(jax.random.key(1), NUM_DRAWS), run.ema)
-    report.image_grid(np.asarray(x, np.float32), path, columns=NUM_DRAWS)
+    return np.asarray(x, np.float32)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -170,16 +170,18 @@ def run(config: Config) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         families = families_of(config)
     results = comparison.train(families, directory)
-    entries, facts, gains = [], [], []
+    entries, facts, gains, draws = [], [], [], {}
     for family, result in results:
         run_dir = directory / family.name
         with runs.console.status(f"timing {family.label}"):
             cost = comparison.cost_of(run_dir)
             picture = Path(f"{family.name}.png")
-            comparison.draw_row(run_dir, directory / picture)
+            draws[family.name] = comparison.draws_of(run_dir)
+            report.image_grid(draws[family.name], directory / picture, columns=comparison.NUM_DRAWS)
         entries.append(comparison.entry_of(family, result, picture, cost))
         gains.append(comparison.gains_of_doubling(run_dir))
         facts.append(_facts(family, entries[-1], cost, gains[-1]))
+    report.image_rows(draws, directory / "draws.png")
     page = report.write_index(
         directory / "index.html",
         title=f"One yardstick: binary {config.data}",

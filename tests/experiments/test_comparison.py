@@ -66,7 +66,9 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     cost = comparison.cost_of(tmp_path / "coin")
     assert cost.num_params == 7 and 0 < cost.draw < 1 and 0 < cost.judge < 1
     picture = Path("coin.png")
-    comparison.draw_row(tmp_path / "coin", tmp_path / picture)
+    draws = comparison.draws_of(tmp_path / "coin")
+    assert draws.shape == (comparison.NUM_DRAWS, 2, 2, 1) and set(np.unique(draws)) == {0.0, 1.0}
+    report.image_grid(draws, tmp_path / picture, columns=20)
     entry = comparison.entry_of(family, result, picture, cost)
     assert entry[1:7] == ("Coins", "exact", -3.0, 0.1, 1.5, 7.0) and entry.report == Path("coin/report.html")
     assert entry.num_params == 7 and entry.seconds_per_sample == cost.draw
@@ -85,7 +87,7 @@ def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):
     family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
     [(_, result)] = comparison.train([family], tmp_path)
     picture = Path("coin.png")
-    comparison.draw_row(tmp_path / "coin", tmp_path / picture)
+    report.image_grid(np.zeros((1, 2, 2)), tmp_path / picture, columns=1)
     comparison.print_table([comparison.entry_of(family, result, picture)])
     assert "parameters" not in capsys.readouterr().out
 

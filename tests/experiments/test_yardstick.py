@@ -64,6 +64,7 @@ def test_the_page_compares_what_was_trained_once(tmp_path, monkeypatch, capsys):
             bound in row
             and f"`python -m experiments.yardstick smoke --data digits --seed 0 --families {name}`" in row
         )
+    assert (tmp_path / "draws.png").stat().st_size > 1000
     assert "autoregressive" in text and "q(z | x)" in text and "ms" in text
     capsys.readouterr()
     yardstick.run(config)

@@ -98,3 +98,24 @@ def test_reconstruction_grid_refuses_other_shapes(tmp_path):
         ValueError, match=r"reconstructions: got shape \(4, 8, 8, 1\), expected \(5, 8, 8, 1\)"
     ):
         sheets.reconstruction_grid(np.zeros((5, 8, 8)), np.zeros((4, 8, 8)), tmp_path / "pairs.png")
+
+
+def test_image_rows_stand_below_each_other_each_with_its_name(tmp_path):
+    rows = {"dark": np.zeros((3, 8, 8)), "light": np.ones((3, 8, 8, 1))}
+    sheet = imread(sheets.image_rows(rows, tmp_path / "rows.png"))
+    left = sheet.shape[1] - (3 * 200 + 2 * 10)
+    assert sheet.shape[0] == 2 * 200 + 10 and left > 100
+    np.testing.assert_allclose(sheet[100, left + 100], [0, 0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(sheet[310, left + 100], [1, 1, 1, 1], atol=1e-6)
+    for top in (0, 210):  # a name beside each row
+        assert sheet[top : top + 200, :left, 3].sum() > 50
+
+
+def test_image_rows_of_several_shapes_are_refused(tmp_path):
+    rows = {"one": np.zeros((3, 8, 8)), "other": np.zeros((2, 8, 8))}
+    with pytest.raises(
+        ValueError, match=r"rows: got shape \(2, 8, 8, 1\) for other, expected \(3, 8, 8, 1\)"
+    ):
+        sheets.image_rows(rows, tmp_path / "rows.png")
+    with pytest.raises(ValueError, match="rows: got none"):
+        sheets.image_rows({}, tmp_path / "rows.png")

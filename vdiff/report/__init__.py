@@ -7,6 +7,7 @@ from vdiff.report.figures import latent_scatter as latent_scatter
 from vdiff.report.figures import mixture_plot as mixture_plot
 from vdiff.report.figures import principal_plane as principal_plane
 from vdiff.report.images import image_grid as image_grid
+from vdiff.report.images import image_rows as image_rows
 from vdiff.report.images import reconstruction_grid as reconstruction_grid
 from vdiff.report.index import FactTable as FactTable
 from vdiff.report.index import RunEntry as RunEntry

@@ -2,11 +2,12 @@
 
     image_grid              what the model draws     images in [0, 1], in reading order
     reconstruction_grid     what it keeps            rows of the data, each above its reconstructions
+    image_rows              what several models draw a row of each, named
 
 Each writes one PNG on a transparent ground and returns its path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,33 @@ def reconstruction_grid(
             fig.text(at, middle, label, color=INK, size=32, ha="right", va="center")
     fig.savefig(path, dpi=dpi)
     return Path(path)
+
+
+def image_rows(rows: Mapping[str, ArrayLike], path: Path | str) -> Path:
+    """Write rows of images, each with its name on its left, to be compared from above to below.
+
+    Args:
+        rows: name -> [N, H, W] or [N, H, W, C], in [0, 1]; all of one shape.
+        path: the PNG to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: if there is no row, or a row is not of images or of another shape than the first.
+    """
+    images = {name: check_images(name, row) for name, row in rows.items()}
+    shapes = {name: row.shape for name, row in images.items()}
+    first = next(iter(shapes.values()), None)
+    for name, shape in shapes.items():
+        if shape != first:
+            raise ValueError(
+                f"rows: got shape {shape} for {name}, expected {first} as the first; pass as many"
+            )
+    if first is None:
+        raise ValueError("rows: got none, expected at least one")
+    sheets = [tile(row, first[0]) for row in images.values()]
+    return labelled_rows(sheets, list(images), path)
 
 
 def labelled_rows(
