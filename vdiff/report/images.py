@@ -111,7 +111,9 @@ def image_rows(rows: Mapping[str, ArrayLike], path: Path | str) -> Path:
     if first is None:
         raise ValueError("rows: got none, expected at least one")
     sheets = [tile(row, first[0]) for row in images.values()]
-    return labelled_rows(sheets, list(images), path)
+    gutter = np.broadcast_to(np.array(_WASH, np.uint8), (GUTTER, *sheets[0].shape[1:]))
+    sheets[:-1] = [np.concatenate([sheet, gutter]) for sheet in sheets[:-1]]
+    return labelled_rows(sheets, list(images), path, gap=0)
 
 
 def labelled_rows(
