@@ -125,7 +125,6 @@ def run(config: Config) -> dict:
         runs.check_settings(config)
         problem = build(config)
         directory = runs.open_run(config)
-    # The second of five, as the VAE's: the two are judged on the same bits.
     keys = runs.keys_of(config.seed)
     model, train = problem.model, problem.dataset.train
     test = training.transformed(problem.transform, keys.test, problem.dataset.test[: config.eval_images])
