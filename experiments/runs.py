@@ -66,7 +66,7 @@ class RunConfig:
     log_every: int = 50
     """Steps between two rows of metrics."""
     checkpoint_every: int = 1000
-    """Steps between two checkpoints."""
+    """Steps that a kill costs at most: a checkpoint is begun every half as many, since one half written is lost."""
     max_skips: int = 20
     """Updates in a row that may be skipped, for a loss or gradient that is not finite, before the run ends with 3."""
     debug_nans: bool = False
@@ -108,9 +108,10 @@ def check_settings(config: RunConfig) -> None:
     Raises:
         ValueError: if a count is less than one (a few may be zero), or a rate is out of its range.
     """
-    may_be_zero = {"seed", "warmup_steps", "encoder_hidden", "profile", "process_id"}
+    may_be_zero = ("seed", "warmup_steps", "encoder_hidden", "profile", "process_id")
+    leasts = dict.fromkeys(may_be_zero, 0) | {"checkpoint_every": 2}
     for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
+        value, least = getattr(config, field.name), leasts.get(field.name, 1)
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise ValueError(f"{field.name}: got {value}, expected at least {least}")
     if config.split_features > 1 and config.parallel != "fsdp":

@@ -133,11 +133,13 @@ def train(
     if start < config.num_steps:
         # Signals are minded until the last checkpoint is written: leaving the inner context waits for it.
         with vd.stop_on_signals() as stop:
-            with vd.checkpoint_every(config.checkpoint_every, checkpoints, best=best) as saving:
+            # Twice as often as what may be lost: a kill takes the checkpoint that is being written too.
+            interval = config.checkpoint_every // 2
+            with vd.checkpoint_every(interval, checkpoints, best=best) as saving:
                 watch = stop_if_skipping(
                     config.max_skips,
                     start=start,
-                    every=math.gcd(config.log_every, config.checkpoint_every),
+                    every=math.gcd(config.log_every, interval),
                     save=saving.call,
                     finder="--debug-nans",
                 )

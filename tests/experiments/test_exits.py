@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def short(directory, **changes):
-    return tiny_run.Config(run_dir=directory, **({"num_steps": 4, "checkpoint_every": 2} | changes))
+    return tiny_run.Config(run_dir=directory, **({"num_steps": 4, "checkpoint_every": 4} | changes))
 
 
 def test_a_disk_that_takes_no_more_ends_with_code_1(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ from experiments import settings, vae
 from tests.train import hosts
 
 pytestmark = pytest.mark.slow
-SETTINGS = "--num-steps 600 --log-every 25 --checkpoint-every 50 --eval-samples 10 --eval-images 50".split()
+SETTINGS = "--num-steps 600 --log-every 25 --checkpoint-every 100 --eval-samples 10 --eval-images 50".split()
 
 
 def arguments(directory, num_processes, *more):

@@ -113,6 +113,7 @@ def test_check_settings():
         ({"clip": 0.0}, "clip: got 0.0, expected a positive norm"),
         ({"clip": float("nan")}, "clip: got nan"),
         ({"max_skips": 0}, "max_skips: got 0, expected at least 1"),
+        ({"checkpoint_every": 1}, "checkpoint_every: got 1, expected at least 2"),
         ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
         (
             {"split_features": 2},
@@ -185,7 +186,7 @@ def test_another_run_is_refused_and_kept(tmp_path, capsys):
 
 
 def short(directory, **changes):
-    return tiny_run.Config(run_dir=directory, **({"num_steps": 4, "checkpoint_every": 2} | changes))
+    return tiny_run.Config(run_dir=directory, **({"num_steps": 4, "checkpoint_every": 4} | changes))
 
 
 def test_what_is_refused_leaves_a_new_directory_to_other_settings(tmp_path, capsys):

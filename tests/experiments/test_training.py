@@ -28,7 +28,7 @@ def failing(bad):
 
 
 def config_of(directory, **changes):
-    settings = {"num_steps": 12, "batch_size": 4, "log_every": 4, "checkpoint_every": 8, "max_skips": 3}
+    settings = {"num_steps": 12, "batch_size": 4, "log_every": 4, "checkpoint_every": 16, "max_skips": 3}
     return runs.RunConfig(**(settings | {"run_dir": directory} | changes))
 
 
@@ -102,7 +102,7 @@ def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_when_it_is(t
         os.kill(os.getpid(), signal.SIGTERM)
         extend_manifest(folder)
 
-    config = config_of(tmp_path / "run", checkpoint_every=12)
+    config = config_of(tmp_path / "run", checkpoint_every=24)
     previous = signal.signal(signal.SIGTERM, lambda *_: outside.append(1))
     try:
         with monkeypatch.context() as patch:
