@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import vdiff as vd
 from experiments import exits, exporting, judging, pixels, runs, training
@@ -25,6 +26,8 @@ class Config(runs.RunConfig):
 
     algorithm: Literal["persistent", "contrastive"] = "persistent"
     """Chains that go on from step to step (PCD), or that start anew at the data (CD)."""
+    learning_rate: float = 0.1
+    """Rate of plain gradient ascent at the start; falls by a cosine to zero."""
     num_sweeps: int = 5
     """Gibbs sweeps of a chain in one step."""
     num_hidden: int = 200
@@ -46,7 +49,6 @@ PRESETS = {
             num_hidden=16,
             num_sweeps=1,
             num_steps=200,
-            learning_rate=1e-2,
             temperatures=200,
             chains=20,
             sample_sweeps=200,
@@ -56,16 +58,17 @@ PRESETS = {
     ),
     "digits": (
         "minutes: the embedded 8x8 digits, binarised anew at every step",
-        Config(num_steps=6000, learning_rate=3e-3, log_every=50),
+        Config(num_steps=6000, learning_rate=0.3, log_every=50),
     ),
     "mnist": (
-        "a quarter of an hour on a core: binarised MNIST, 500 hidden bits",
+        "half an hour on a core: binarised MNIST, 500 hidden bits",
         Config(
             data="mnist",
             num_hidden=500,
-            num_steps=20_000,
+            num_steps=40_000,
+            learning_rate=0.05,
             temperatures=30_000,
-            log_every=200,
+            log_every=250,
             checkpoint_every=5000,
         ),
     ),
@@ -109,14 +112,27 @@ def build(config: Config) -> Problem:
         raised, batching = baselines.persistent_contrastive_divergence, vd.persistent
     else:
         raised, batching = baselines.contrastive_divergence, vd.per_example
-    betas = np.linspace(0.0, 1.0, config.temperatures + 1)
-    fewer = np.linspace(0.0, 1.0, max(1, config.temperatures // 10) + 1)
+    betas, fewer = temperatures(config.temperatures), temperatures(max(1, config.temperatures // 10))
     below, watch = (
         baselines.annealed_log_partition(model, bias, places, config.chains) for places in (betas, fewer)
     )
     above = baselines.reverse_log_partition(model, bias, betas)
     objective = raised(model, config.num_sweeps)
     return Problem(model, objective, batching, of.dataset, of.transform, below, above, watch)
+
+
+def temperatures(num: int) -> np.ndarray:
+    """Place inverse temperatures from 0 to 1, 1 - (1 - u)^2 for even u: closer to each other near the machine."""
+    return 1.0 - np.linspace(1.0, 0.0, num + 1) ** 2
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """Make plain gradient ascent, clipped, at a rate that falls to zero by a cosine.
+
+    Not Adam, which brings every weight's noise to one size: MNIST's machine is 13 nats worse by it after 3,000 steps.
+    """
+    fall = optax.cosine_decay_schedule(config.learning_rate, config.num_steps)
+    return optax.chain(optax.clip_by_global_norm(config.clip), optax.sgd(fall))
 
 
 def run(config: Config) -> dict:
@@ -138,6 +154,7 @@ def run(config: Config) -> dict:
         model,
         vd.preprocessed(problem.objective, problem.transform),
         train,
+        optimizer=optimizer_of(config),
         batching=problem.batching,
         unit="nats of free energy",
         aux=chains,

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def config_of(directory, **changes):
-    settings = {"num_hidden": 12, "num_steps": 120, "learning_rate": 2e-2, "eval_images": 60, "num_sweeps": 2}
+    settings = {"num_hidden": 12, "num_steps": 120, "learning_rate": 0.3, "eval_images": 60, "num_sweeps": 2}
     settings |= {"temperatures": 100, "chains": 100, "sample_sweeps": 100, "batch_size": 32}
     return rbm.Config(run_dir=directory, log_every=3, checkpoint_every=60, **(settings | changes))
 
@@ -31,7 +31,7 @@ def test_it_trains_and_its_log_prob_is_the_exact_one(tmp_path):
     transform = vae.build(vae.Config(likelihood="bernoulli")).transform
     test = training.transformed(transform, key_test, problem.dataset.test[:60])
     chains = np.zeros((32, 8, 8, 1), np.uint8)
-    like = vd.init_state(jax.random.key(0), problem.model, training.optimizer_of(config), aux=chains)
+    like = vd.init_state(jax.random.key(0), problem.model, rbm.optimizer_of(config), aux=chains)
     state = vd.restore(tmp_path / "run/checkpoints", like)
     free_energy = jax.jit(jax.vmap(problem.model.free_energy, in_axes=(None, 0)))
 
@@ -59,7 +59,7 @@ def test_contrastive_chains_start_at_the_data(tmp_path):
     """A step of CD keeps nothing for the next."""
     config = config_of(tmp_path / "run", algorithm="contrastive")
     problem = rbm.build(config)
-    optimizer = training.optimizer_of(config)
+    optimizer = rbm.optimizer_of(config)
     step = vd.jit_step(vd.make_train_step(problem.objective, optimizer, batching=problem.batching))
     start = vd.init_state(jax.random.key(0), problem.model, optimizer)
     state, metrics = step(start, (problem.dataset.train[:32] > 8).astype(np.int32))
