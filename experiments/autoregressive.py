@@ -163,25 +163,28 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, judged.metrics, state.ema, judged.seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
     judging.tell(judged.metrics)
-    exporting.export_functions(
-        config,
-        directory,
-        state,
-        x=test[0],
-        elbo_estimate=model.elbo_estimate,
-        log_prob=_exact_log_prob(model),
-        sample=model.sample,
-    )
+    export(config, problem, directory, state, test[0])
     runs.console.print(f"report   {page}")
     return result
 
 
-def _exact_log_prob(model: vd.ModelLike) -> Callable[[jax.Array, vd.Params, jax.Array], jax.Array]:
+def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
+    """Export the model, its log p(x) exact."""
+    model = problem.model
+
     def log_prob(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
         """Compute log p(x), exact; nats."""
         return model.log_joint(params, x, ())
 
-    return log_prob
+    exporting.export_functions(
+        config,
+        directory,
+        state,
+        x=x,
+        elbo_estimate=model.elbo_estimate,
+        log_prob=log_prob,
+        sample=model.sample,
+    )
 
 
 def show(

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 import vdiff as vd
-from experiments import runs, settings
+from experiments import judging, runs, settings
 from vdiff import report
 
 NUM_DRAWS = 20
@@ -58,25 +58,51 @@ class Cost(NamedTuple):
     judge: float | None
 
 
-def train(families: Sequence[Family], directory: Path) -> list[tuple[Family, dict[str, Any]]]:
-    """Run each family's experiment, or find it done with the same settings; returns each with its result."""
-    results = []
+class Gains(NamedTuple):
+    """Hold what doubling a run's steps gains, nats of test images.
+
+    Attributes:
+        last: from half of the steps to all.
+        next: what twice as many would gain, if gains go on to shrink as they did from the doubling before.
+        bound: of what: log_prob, elbo or iwae.
+    """
+
+    last: float
+    next: float
+    bound: str
+
+    @property
+    def of(self) -> str:
+        """Name the bound in parentheses, where it is not log p(x) itself."""
+        return "" if self.bound == "log_prob" else f" ({self.bound.upper()})"
+
+
+def train(families: Sequence[Family], directory: Path) -> None:
+    """Run each family's experiment, or find it done with the same settings."""
     for family in families:
         runs.console.rule(family.label)
-        config = dataclasses.replace(family.config, run_dir=directory / family.name)
-        if _is_done(config):
-            runs.console.print(f"found    {config.run_dir}")
-            result = json.loads((config.run_dir / "result.json").read_text())
+        if _is_done(family, directory):
+            runs.console.print(f"found    {directory / family.name}")
         else:
-            result = family.experiment.run(config)
-        results.append((family, result))
-    return results
+            family.experiment.run(dataclasses.replace(family.config, run_dir=directory / family.name))
 
 
-def _is_done(config: runs.RunConfig) -> bool:
+def finished(families: Sequence[Family], directory: Path) -> list[tuple[Family, dict[str, Any]]]:
+    """Find the families whose runs are done with these settings, each with its result."""
+    return [
+        (family, json.loads((directory / family.name / "result.json").read_text()))
+        for family in families
+        if _is_done(family, directory)
+    ]
+
+
+def _is_done(family: Family, directory: Path) -> bool:
     """Whether a run directory holds these settings and all that a finished run writes, its functions last."""
-    is_finished = (config.run_dir / "exported" / "manifest.json").exists()
-    return is_finished and not settings.differences(config, config.run_dir)
+    run_dir = directory / family.name
+    is_finished = (run_dir / "exported" / "manifest.json").exists()
+    return is_finished and not settings.differences(
+        dataclasses.replace(family.config, run_dir=run_dir), run_dir
+    )
 
 
 def cost_of(directory: Path) -> Cost:
@@ -97,8 +123,8 @@ def cost_of(directory: Path) -> Cost:
     return Cost(sum(leaf.size for leaf in jax.tree.leaves(run.ema)), draw, judge)
 
 
-def gains_of_doubling(directory: Path) -> tuple[float, float] | None:
-    """Read from a run's curve what the steps were worth: nats of test images gained by doubling them.
+def gains_of_doubling(directory: Path) -> Gains | None:
+    """Read from a run's curve what the steps were worth.
 
     The curve is taken between its rows as a line in log steps. Its rate fell to zero by the end, which the gain of the
     last doubling includes; a longer run would have fallen later.
@@ -107,17 +133,17 @@ def gains_of_doubling(directory: Path) -> tuple[float, float] | None:
         directory: the run directory, whose `metrics.jsonl` has one metric named test_*.
 
     Returns:
-        The gain from half of the steps to all, and what the next doubling would gain if gains go on to shrink as they
-        did from the doubling before; None where the curve begins after a quarter of the steps.
+        The `Gains`; None where the curve begins after a quarter of the steps.
     """
     rows = report.load_metrics(directory / "metrics.jsonl")
-    points = [(row["step"], row[name]) for row in rows for name in row if name.startswith("test_")]
+    points = [(row["step"], row[name], name) for row in rows for name in row if name.startswith("test_")]
     if not points or points[0][0] > points[-1][0] / 4:
         return None
-    steps, nats = np.asarray(points, np.float64).T
+    steps, nats = np.asarray([point[:2] for point in points], np.float64).T
     quarter, half, whole = np.interp(np.log2(steps[-1]) - np.array([2, 1, 0]), np.log2(steps), nats)
     before, last = half - quarter, whole - half
-    return last, last * np.clip(last / before, 0.0, 1.0) if before > 0 else last
+    following = last * np.clip(last / before, 0.0, 1.0) if before > 0 else last
+    return Gains(last, following, points[0][2].removeprefix("test_"))
 
 
 def draws_of(directory: Path) -> np.ndarray:
@@ -156,13 +182,23 @@ def entry_of(
         caption=family.caption,
         num_params=cost and cost.num_params,
         seconds_per_sample=cost and cost.draw,
+        weights=_weights(result["metrics"]),
+        steps=f"{family.config.num_steps:,} of {family.config.batch_size}",
     )
+
+
+def _weights(metrics: dict[str, Any]) -> str | None:
+    """Say how far importance or annealing weights are to be trusted, where there are any."""
+    if "ess" not in metrics:
+        return None
+    ess = metrics["ess"]
+    return f"ESS {ess['value']:.2g} {ess['unit']}{judging.told(metrics)}"
 
 
 def print_table(entries: Sequence[report.RunEntry]) -> None:
     """Print the rows, one table."""
     with_costs = any(entry.num_params is not None for entry in entries)
-    more = ("parameters", "ms per sample") if with_costs else ()
+    more = ("parameters", "per sample") if with_costs else ()
     table = Table("model", "bound", "nats per datum", "bits/dim", "seconds", *more)
     for entry in entries:
         row = [
@@ -173,31 +209,33 @@ def print_table(entries: Sequence[report.RunEntry]) -> None:
             f"{entry.seconds:.1f}",
         ]
         if with_costs:
-            draw = entry.seconds_per_sample
-            row += [report.format_value(entry.num_params), report.format_value(draw and 1000 * draw)]
+            draw = report.format_milliseconds(entry.seconds_per_sample)
+            row += [report.format_value(entry.num_params), draw]
         table.add_row(*row)
     runs.console.print(table)
 
 
 def markdown(
     entries: Sequence[report.RunEntry],
-    gains: Sequence[tuple[float, float] | None],
+    gains: Sequence[Gains | None],
     commands: Sequence[str],
 ) -> str:
     """Write the rows as a table of Markdown, beside each what doubling its steps gains, and the command."""
-    head = ("model", "parameters", "training", "bound", "nats", "bits/dim", "last doubling", "next")
-    head += ("ms per sample", "command")
+    head = ("model", "parameters", "steps", "training", "bound", "nats", "weights", "bits/dim")
+    head += ("last doubling", "next", "per sample", "command")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry, gain, command in zip(entries, gains, commands, strict=True):
         cells = (
             entry.model,
             report.format_value(entry.num_params),
+            report.format_value(entry.steps),
             report.format_seconds(entry.seconds),
             entry.bound,
             report.format_value(entry.nats, entry.std_error),
+            report.format_value(entry.weights),
             report.format_value(entry.bits_per_dim),
-            *(("–", "–") if gain is None else (f"{nats:+.2f}" for nats in gain)),
-            report.format_value(1000 * entry.seconds_per_sample),
+            *(("–", "–") if gain is None else (f"{gain.last:+.2f}{gain.of}", f"{gain.next:+.2f}")),
+            report.format_milliseconds(entry.seconds_per_sample),
             f"`{command}`",
         )
         lines.append("| " + " | ".join(cells) + " |")

@@ -45,9 +45,12 @@ def run(config: Config) -> Path:
         comparison.Family(name, label, module, module.PRESETS[config.preset][1], metric, caption)
         for name, label, module, metric, _, caption in FAMILIES
     ]
-    results = comparison.train(families, directory)
+    comparison.train(families, directory)
     pictures = {name: Path(name) / picture for name, _, _, _, picture, _ in FAMILIES}
-    entries = [comparison.entry_of(family, result, pictures[family.name]) for family, result in results]
+    entries = [
+        comparison.entry_of(family, result, pictures[family.name])
+        for family, result in comparison.finished(families, directory)
+    ]
     page = report.write_index(
         directory / "index.html",
         title="Handwritten digits, in nats",

@@ -56,6 +56,36 @@ def export_functions(
     runs.console.print(f"exported {directory / 'exported'}, {time.perf_counter() - began:.1f} s")
 
 
+def export_model(
+    config: runs.RunConfig,
+    directory: Path,
+    state: vd.TrainState,
+    model: vd.ModelLike,
+    num_samples: int,
+    x: PyTree,
+) -> None:
+    """Export a model of latents: its ELBO, its log p(x) by importance sampling, its draws, its encoder and decoder.
+
+    Args:
+        config: the settings.
+        directory: the run directory.
+        state: the trained state.
+        model: what was trained; `encode` and `decode` are exported where it has them.
+        num_samples: draws per datum that log p(x) is estimated by.
+        x: an example of one datum.
+    """
+    names = ("elbo_estimate", "sample", "encode", "decode")
+    export_functions(
+        config,
+        directory,
+        state,
+        x=x,
+        z=jax.eval_shape(model.sample, state.key, state.ema)[1],
+        log_prob=by_importance(model, num_samples),
+        **{name: getattr(model, name, None) for name in names},
+    )
+
+
 def _like_data(
     sample: Callable[..., tuple[PyTree, PyTree]], x: PyTree
 ) -> Callable[..., tuple[PyTree, PyTree]]:

@@ -107,18 +107,11 @@ def run(config: Config) -> dict:
         best="test_log_prob",
     )
 
-    def log_prob(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
-        """Compute log p(x), exact; nats."""
-        return model.log_prob(params, x)
-
-    def encode(params: vd.Params, x: jax.Array) -> jax.Array:
-        """Compute log p(z | x) of every component z."""
-        return model.log_posterior(params, x)
-
     label = f"exact, {config.num_components:,} components"
+    log_prob = vd.total(density.elbo_terms)
     metrics, _, seconds = judging.judge_exact(log_prob, label, keys.judge, state.ema, test, directory)
     likeliest = evaluate.evaluate(
-        lambda key, params, x: encode(params, x).argmax(), keys.judge, state.ema, test
+        lambda key, params, x: model.log_posterior(params, x).argmax(), keys.judge, state.ema, test
     )
     metrics["used_components"] = {
         "value": len(np.unique(likeliest)),
@@ -127,19 +120,33 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
     judging.tell(metrics)
+    export(config, problem, directory, state, test[0])
+    runs.console.print(f"report   {page}")
+    return result
+
+
+def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
+    """Export the mixture, its log p(x) exact."""
+    model = problem.model
+
+    def log_prob(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
+        """Compute log p(x), exact; nats."""
+        return model.log_prob(params, x)
+
+    def encode(params: vd.Params, x: jax.Array) -> jax.Array:
+        """Compute log p(z | x) of every component z."""
+        return model.log_posterior(params, x)
 
     exporting.export_functions(
         config,
         directory,
         state,
-        x=test[0],
+        x=x,
         elbo_estimate=model.elbo_estimate,
         log_prob=log_prob,
         sample=model.sample,
         encode=encode,
     )
-    runs.console.print(f"report   {page}")
-    return result
 
 
 def show(

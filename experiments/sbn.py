@@ -5,7 +5,6 @@ python -m experiments.sbn digits --estimator wake_sleep
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -193,25 +192,9 @@ def run(config: Config) -> dict:
         result=result,
     )
     judging.tell(metrics)
-    export(config, problem, directory, state, test[0])
+    exporting.export_model(config, directory, state, model, config.eval_samples, test[0])
     runs.console.print(f"report   {page}")
     return result
-
-
-def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
-    """Export the model; z of `decode` is the bits of all layers."""
-    model = problem.model
-    exporting.export_functions(
-        config,
-        directory,
-        state,
-        x=x,
-        z=jax.eval_shape(model.sample, state.key, state.ema)[1],
-        elbo_estimate=model.elbo_estimate,
-        log_prob=exporting.by_importance(model, config.eval_samples),
-        sample=model.sample,
-        decode=model.decode,
-    )
 
 
 if __name__ == "__main__":

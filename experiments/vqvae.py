@@ -154,18 +154,7 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, keys.show, result)
     judging.tell(metrics)
-    exporting.export_functions(
-        config,
-        directory,
-        state,
-        x=test[0],
-        z=jax.eval_shape(model.sample, state.key, state.ema)[1],
-        elbo_estimate=model.elbo_estimate,
-        log_prob=exporting.by_importance(model, config.eval_samples),
-        sample=model.sample,
-        encode=model.encode,
-        decode=model.decode,
-    )
+    exporting.export_model(config, directory, state, model, config.eval_samples, test[0])
     runs.console.print(f"report   {page}")
     return result
 

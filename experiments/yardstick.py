@@ -40,7 +40,7 @@ class Config:
     size: Literal["smoke", "digits", "mnist"] = "digits"
     """Whose settings each family takes: for small images, minutes in all; for 28x28, hours; or seconds each."""
     families: tuple[Name, ...] = ()
-    """Which to compare, in this order; all when not given. What was trained before is not trained again."""
+    """Which to train; all when not given. What was trained before is not trained again, and is compared too."""
     seed: int = 0
     """Seed of every run, and of the bits that all are judged on."""
     eval_images: int = 10_000
@@ -144,10 +144,9 @@ ROWS: dict[str, Row] = {
 
 
 def families_of(config: Config) -> list[comparison.Family]:
-    """Make what the settings ask for."""
+    """Make every family's settings of a size."""
     made = []
-    for name in config.families or ROWS:
-        row = ROWS[name]
+    for name, row in ROWS.items():
         preset = row.presets[config.size]
         settings = row.experiment.PRESETS[preset][1]
         settings = dataclasses.replace(
@@ -169,9 +168,9 @@ def run(config: Config) -> Path:
         directory = config.run_dir
         directory.mkdir(parents=True, exist_ok=True)
         families = families_of(config)
-    results = comparison.train(families, directory)
+    comparison.train([family for family in families if family.name in (config.families or ROWS)], directory)
     entries, facts, gains, draws = [], [], [], {}
-    for family, result in results:
+    for family, result in comparison.finished(families, directory):
         run_dir = directory / family.name
         with runs.console.status(f"timing {family.label}"):
             cost = comparison.cost_of(run_dir)
@@ -194,7 +193,7 @@ def run(config: Config) -> Path:
     command = (
         f"python -m experiments.yardstick {config.size} --data {config.data} --seed {config.seed} --families"
     )
-    lines = comparison.markdown(entries, gains, [f"{command} {family.name}" for family in families])
+    lines = comparison.markdown(entries, gains, [f"{command} {name}" for name in draws])
     (directory / "table.md").write_text(lines)
     runs.console.print(f"page  {page.resolve()}")
     return page
@@ -207,18 +206,14 @@ def _facts(
     family: comparison.Family,
     entry: report.RunEntry,
     cost: comparison.Cost,
-    gain: tuple[float, float] | None,
+    gain: comparison.Gains | None,
 ) -> tuple[str, ...]:
     """Fill a row of the lecture's comparison: what is known of the kind, and what this run measured."""
     kind, known, code, draw = ROWS[family.name].kind
     nats = report.format_value(entry.nats, entry.std_error)
-    times = [_time(cost.judge), _time(cost.draw)]
-    grown = "–" if gain is None else f"{gain[0]:+.2f}, next {gain[1]:+.2f}"
-    return (family.label, kind, known, times[0], code, draw, times[1], nats, grown)
-
-
-def _time(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{report.format_value(1000 * seconds)} ms"
+    judge, drawn = report.format_milliseconds(cost.judge), report.format_milliseconds(cost.draw)
+    grown = "–" if gain is None else f"{gain.last:+.2f}{gain.of}, next {gain.next:+.2f}"
+    return (family.label, kind, known, judge, code, draw, drawn, nats, grown)
 
 
 if __name__ == "__main__":

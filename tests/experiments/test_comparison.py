@@ -50,11 +50,13 @@ def coin(calls):
 def test_what_was_trained_with_the_same_settings_is_found(tmp_path):
     calls = []
     family = comparison.Family("coin", "Coins", coin(calls), Config(), "log_prob", "c")
-    first = comparison.train([family], tmp_path)
-    assert comparison.train([family], tmp_path) == first == [(family, RESULT)]
+    assert comparison.finished([family], tmp_path) == []
+    for _ in range(2):
+        comparison.train([family], tmp_path)
+        assert comparison.finished([family], tmp_path) == [(family, RESULT)]
     assert len(calls) == 1 and calls[0].run_dir == tmp_path / "coin"
     comparison.train([family._replace(config=Config(width=5))], tmp_path)
-    assert len(calls) == 2
+    assert len(calls) == 2 and comparison.finished([family], tmp_path) == []
     (tmp_path / "coin/exported/manifest.json").unlink()  # as a run that was killed before it had exported all
     comparison.train([family._replace(config=Config(width=5))], tmp_path)
     assert len(calls) == 3
@@ -62,7 +64,8 @@ def test_what_was_trained_with_the_same_settings_is_found(tmp_path):
 
 def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
-    [(_, result)] = comparison.train([family], tmp_path)
+    comparison.train([family], tmp_path)
+    [(_, result)] = comparison.finished([family], tmp_path)
     cost = comparison.cost_of(tmp_path / "coin")
     assert cost.num_params == 7 and 0 < cost.draw < 1 and 0 < cost.judge < 1
     picture = Path("coin.png")
@@ -72,12 +75,24 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     entry = comparison.entry_of(family, result, picture, cost)
     assert entry[1:7] == ("Coins", "exact", -3.0, 0.1, 1.5, 7.0) and entry.report == Path("coin/report.html")
     assert entry.num_params == 7 and entry.seconds_per_sample == cost.draw
+    assert entry.weights is None and entry.steps == "3,000 of 128"
+    trust = {"ess": {"value": 15.21, "unit": "of 200 draws, median"}, "k_hat": {"value": 0.843}}
+    weighted = comparison.entry_of(family, {**result, "metrics": result["metrics"] | trust}, picture)
+    assert weighted.weights == "ESS 15 of 200 draws, median, k-hat above 0.7 for 84.3%"
     page = report.write_index(tmp_path / "index.html", title="t", lead="l", runs=[entry]).read_text()
-    assert "parameters" in page and ">7<" in page
+    assert "parameters" in page and ">7<" in page and "weights" not in page
+    page = report.write_index(
+        tmp_path / "index.html", title="t", lead="l", runs=[entry, weighted]
+    ).read_text()
+    assert "<td>ESS 15 of 200" in page and "3,000 of 128" in page
 
-    head, _, row = comparison.markdown([entry], [(0.5, 0.125)], ["python -m coin"]).splitlines()
+    gains = comparison.Gains(0.5, 0.125, "elbo")
+    head, _, row = comparison.markdown([entry], [gains], ["python -m coin"]).splitlines()
     assert head.count("|") == row.count("|")
-    assert row.startswith("| Coins | 7 | 7.0 s | exact | −3.00 ± 0.10 | 1.500 | +0.50 | +0.12 |")
+    row_of_it = (
+        "| Coins | 7 | 3,000 of 128 | 7.0 s | exact | −3.00 ± 0.10 | – | 1.500 | +0.50 (ELBO) | +0.12 |"
+    )
+    assert row.startswith(row_of_it)
     assert row.endswith("| `python -m coin` |")
     comparison.print_table([entry])
     assert "parameters" in capsys.readouterr().out
@@ -85,7 +100,8 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
 
 def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):
     family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
-    [(_, result)] = comparison.train([family], tmp_path)
+    comparison.train([family], tmp_path)
+    [(_, result)] = comparison.finished([family], tmp_path)
     picture = Path("coin.png")
     report.image_grid(np.zeros((1, 2, 2)), tmp_path / picture, columns=1)
     comparison.print_table([comparison.entry_of(family, result, picture)])
@@ -104,7 +120,8 @@ def test_what_doubling_the_steps_gains_is_read_from_the_curve(tmp_path):
         return comparison.gains_of_doubling(tmp_path)
 
     expected = 8 / np.sqrt(512) - 8 / np.sqrt(1024)
-    np.testing.assert_allclose(gains(1), (expected, expected * np.sqrt(0.5)), rtol=1e-9)
+    np.testing.assert_allclose(gains(1)[:2], (expected, expected * np.sqrt(0.5)), rtol=1e-9)
+    assert gains(1).bound == "elbo"
     assert gains(512) is None
     nats = nats[::-1]  # worse the longer, as by too high a rate
     assert gains(1)[1] == gains(1)[0] < 0

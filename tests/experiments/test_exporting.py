@@ -8,7 +8,20 @@ import numpy as np
 import pytest
 
 import vdiff as vd
-from experiments import diffusion, exporting, gmm, runs, sbn, settings, vae
+from experiments import (
+    autoregressive,
+    diffusion,
+    ebm,
+    exporting,
+    gmm,
+    hvae,
+    mixture,
+    runs,
+    sbn,
+    settings,
+    vae,
+    vqvae,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +35,10 @@ def exported(experiment, config, directory):
     state = vd.TrainState(jnp.int32(0), params, ema, (), KEY)
     (directory / "config.json").write_text("{}")
     images = problem.test if experiment is gmm else problem.dataset.test
-    experiment.export(config, problem, directory, state, images[0])
+    if experiment in (hvae, sbn, vqvae):
+        exporting.export_model(config, directory, state, problem.model, 60, images[0])
+    else:
+        experiment.export(config, problem, directory, state, images[0])
     return problem, vd.load_run(directory), images[:4]
 
 
@@ -77,6 +93,53 @@ def test_a_sigmoid_belief_network_decodes_its_bits(tmp_path):
     the_elbo_and_its_slope_agree(run, problem.model, x)
     agree(run.decode(run.ema, z), jax.vmap(problem.model.decode, in_axes=(None, 0))(run.ema, z))
     assert run.encode is None
+
+
+@pytest.mark.parametrize("experiment", [hvae, vqvae])
+def test_layers_and_codes_are_encoded_and_decoded(tmp_path, experiment):
+    problem, run, _ = exported(experiment, experiment.PRESETS["smoke"][1], tmp_path)
+    x, z = run.sample(jax.random.split(KEY, 3), run.ema)
+    the_elbo_and_its_slope_agree(run, problem.model, x)
+    for got, own, given in (
+        (run.encode, problem.model.encode, x),
+        (run.decode, problem.model.decode, z),
+    ):
+        agree(got(run.ema, given), jax.vmap(own, in_axes=(None, 0))(run.ema, given))
+    of_evaluate = vd.evaluate.evaluate(
+        vd.importance_log_prob(problem.model, 60, chunk_size=50), KEY, run.ema, x
+    )
+    agree(run.log_prob(KEY, run.ema, x), of_evaluate.value)
+
+
+@pytest.mark.parametrize("experiment", [autoregressive, mixture])
+def test_densities_that_are_exact_are_so(tmp_path, experiment):
+    problem, run, _ = exported(experiment, experiment.PRESETS["smoke"][1], tmp_path)
+    x, _ = run.sample(jax.random.split(KEY, 3), run.ema)
+    the_elbo_and_its_slope_agree(run, problem.model, x)
+    density = problem.model if experiment is autoregressive else vd.collapsed(problem.model)
+    exact = jax.vmap(lambda x: density.log_joint(run.ema, x, ()))(x)
+    agree(run.log_prob(KEY, run.ema, x), exact)
+    assert run.decode is None and "exact" in run.log_prob.__doc__
+
+
+def test_an_energy_in_the_plane_has_its_normalizer(tmp_path):
+    config = ebm.PRESETS["smoke"][1]
+    problem = ebm.build(config)
+    params = problem.model.init(jax.random.key(0))
+    state = vd.TrainState(jnp.int32(0), params, params, (), KEY)
+    (tmp_path / "config.json").write_text("{}")
+    ebm.export(config, problem, tmp_path, state)
+    run, x = vd.load_run(tmp_path), problem.test[:5]
+    own = jax.vmap(problem.model.log_density, in_axes=(None, 0))(params, x)
+    got = run.log_prob(KEY, run.ema, x)
+    agree(got - got[0], own - own[0], tolerance=1e-5)
+    low, width = ebm.LOW[0], (ebm.HIGH[0] - ebm.LOW[0]) / 50  # the density summed over 50 x 50 cells' middles
+    middles = low + width * (np.arange(50, dtype=np.float32) + 0.5)
+    cells = np.stack(np.meshgrid(middles, middles), -1).reshape(-1, 2)
+    mass = np.sum(np.exp(np.float64(run.log_prob(KEY, run.ema, cells)))) * width**2
+    assert abs(mass - 1.0) < 0.02
+    drawn, _ = run.sample(KEY, run.ema)
+    assert drawn.shape == (2,) and drawn.dtype == np.float32
 
 
 def test_a_diffusion_in_latents_samples_and_has_an_elbo(tmp_path):

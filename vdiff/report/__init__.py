@@ -25,5 +25,6 @@ from vdiff.report.predictive import predictive_spread as predictive_spread
 from vdiff.report.rates import rate_curve as rate_curve
 from vdiff.report.schedules import schedule_comparison as schedule_comparison
 from vdiff.report.trajectories import denoising_rows as denoising_rows
+from vdiff.report.values import format_milliseconds as format_milliseconds
 from vdiff.report.values import format_seconds as format_seconds
 from vdiff.report.values import format_value as format_value

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from vdiff.report.markup import figure, grid, wrap, write
-from vdiff.report.values import format_seconds, format_value
+from vdiff.report.values import format_milliseconds, format_seconds, format_value
 
 
 class RunEntry(NamedTuple):
@@ -28,6 +28,8 @@ class RunEntry(NamedTuple):
         caption: one sentence below the picture.
         num_params: how many numbers were learned; a column only where some run has it.
         seconds_per_sample: what one draw takes; likewise.
+        weights: how far the importance weights behind `nats` are to be trusted; likewise.
+        steps: how long it was trained, e.g. "6,000 of 128"; likewise.
     """
 
     data: str
@@ -42,6 +44,8 @@ class RunEntry(NamedTuple):
     caption: str
     num_params: int | None = None
     seconds_per_sample: float | None = None
+    weights: str | None = None
+    steps: str | None = None
 
 
 class FactTable(NamedTuple):
@@ -111,6 +115,8 @@ def _comparison(directory: Path, runs: Sequence[RunEntry]) -> str:
     alone = len(finite) < 2
     with_params = any(run.num_params is not None for run in runs)
     with_draws = any(run.seconds_per_sample is not None for run in runs)
+    with_steps = any(run.steps is not None for run in runs)
+    with_weights = any(run.weights is not None for run in runs)
     rows = []
     for run in runs:
         link = escape(_link(directory, run.report))
@@ -120,22 +126,25 @@ def _comparison(directory: Path, runs: Sequence[RunEntry]) -> str:
             f'<td class="number">{escape(format_value(run.nats, run.std_error))}</td>'
             f'<td class="chart">{mark}</td><td class="number">{escape(format_value(run.bits_per_dim))}</td>'
             f'<td class="number">{escape(format_seconds(run.seconds))}</td>'
+            + (f'<td class="number">{escape(format_value(run.steps))}</td>' if with_steps else "")
+            + (f"<td>{escape(format_value(run.weights))}</td>" if with_weights else "")
             + (f'<td class="number">{escape(format_value(run.num_params))}</td>' if with_params else "")
-            + (f'<td class="number">{escape(_milliseconds(run))}</td>' if with_draws else "")
+            + (
+                f'<td class="number">{escape(format_milliseconds(run.seconds_per_sample))}</td>'
+                if with_draws
+                else ""
+            )
         )
     return grid(
         '<th>model</th><th>bound</th><th class="number">nats per datum</th>'
         f'<th class="chart">{"" if alone else "larger is better →"}</th>'
         '<th class="number">bits/dim</th><th class="number">training</th>'
+        + ('<th class="number">steps</th>' if with_steps else "")
+        + ("<th>weights</th>" if with_weights else "")
         + ('<th class="number">parameters</th>' if with_params else "")
         + ('<th class="number">per sample</th>' if with_draws else ""),
         rows,
     )
-
-
-def _milliseconds(run: RunEntry) -> str:
-    draw = run.seconds_per_sample
-    return format_value(draw) if draw is None else f"{format_value(1000 * draw)} ms"
 
 
 def _dot(run: RunEntry, low: float, high: float) -> str:

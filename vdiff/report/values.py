@@ -29,6 +29,13 @@ def format_value(value: Value, std_error: SupportsFloat | None = None) -> str:
     return _minus(f"{value:,.{min(3, max(0, 3 - size))}f}" if -3 < size < 9 else f"{value:.3g}")
 
 
+def format_milliseconds(seconds: float | None) -> str:
+    """Write a short time in milliseconds, to two digits, e.g. "0.017 ms", "56 ms"; "–" for None."""
+    if seconds is None:
+        return "–"
+    return f"{1000 * seconds:.0f} ms" if seconds >= 0.01 else f"{1000 * seconds:.2g} ms"
+
+
 def format_seconds(seconds: float) -> str:
     """Write a duration for people, e.g. "0.8 s", "42 s", "12 min 3 s", "1 h 5 min"."""
     if seconds < 10:
