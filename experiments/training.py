@@ -17,6 +17,7 @@ from vdiff.train.hooks import DivergedError, progress_bar, stop_if_skipping, ten
 from vdiff.train.hosts import from_first, is_first, largest, on_one_device
 from vdiff.train.loop import default_steps_per_call
 from vdiff.train.profile import traced
+from vdiff.train.step import check_divides
 from vdiff.types import PyTree
 
 
@@ -99,6 +100,11 @@ def train(
         if config.accumulate > 1:
             undivided = compiled_step(config, vd.make_train_step(objective, optimizer, **parts))
         share = (jax.process_index(), jax.process_count())
+        check_divides(
+            config.batch_size,
+            num_devices=jax.device_count() // config.split_features,
+            num_parts=config.accumulate,
+        )
         in_memory = isinstance(images, np.ndarray)
         shuffle = vd.data.permutations.drawn if in_memory else vd.data.permutations.keyed
         batches = exits.as_refused()(
@@ -135,6 +141,7 @@ def train(
         with vd.stop_on_signals() as stop:
             # Twice as often as what may be lost: a kill takes the checkpoint that is being written too.
             interval = config.checkpoint_every // 2
+            interval -= interval % config.log_every if interval > config.log_every else 0
             with vd.checkpoint_every(interval, checkpoints, best=best) as saving:
                 watch = stop_if_skipping(
                     config.max_skips,

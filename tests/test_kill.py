@@ -89,6 +89,7 @@ def die_compiling(event, seconds, *, fun_name="", **kwargs):
 STAGES = {
     "the first step": ({0}, "tests.tiny_run:time.sleep", 1, before),
     "a step": ({10, 15}, "tests.tiny_run:time.sleep", 19, before),
+    "the second one waiting for the first": ({0}, "vdiff.train.checkpoint:write_manifest", 1, slowly),
     "the arrays written, no manifest": ({5}, "vdiff.train.checkpoint:write_manifest", 2, before),
     "the next one waiting for its manifest": ({5}, "vdiff.train.checkpoint:write_manifest", 2, slowly),
     "half a manifest written": ({5}, "vdiff.train.checksums:_write", 3, half_a_manifest),
@@ -186,19 +187,20 @@ def test_killed_at_a_stage(stage, straight, tmp_path):
     assert reached - resumed <= EVERY and "skipped" not in run.log.read_text()
 
 
-@pytest.mark.long
-def test_killed_at_random_moments(straight, tmp_path):
-    """Thirty times, over as many runs as that takes; each start goes on, and each run ends at the same bits."""
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [6, pytest.param(30, marks=pytest.mark.long)])
+def test_killed_at_random_moments(times, straight, tmp_path):
+    """So many times, over as many runs as that takes; each start goes on, and each run ends at the same bits."""
     moments, num_kills, num_starting, num_runs = random.Random(0), 0, 0, 0
     digest, seconds = straight
-    while num_kills < 30:
+    while num_kills < times:
         num_runs += 1
         (tmp_path / str(num_runs)).mkdir()
         run, is_done = Run(tmp_path / str(num_runs)), False
         while not is_done:
             steps, beats, num_resumes = run.steps(), run.beats(), len(run.resumes())
             process = run.start()
-            if num_kills == 30:
+            if num_kills == times:
                 process.join(120)
             elif num_kills % 2:  # while it starts and compiles
                 process.join(moments.uniform(0, seconds))
@@ -217,4 +219,4 @@ def test_killed_at_random_moments(straight, tmp_path):
                 resumed = [0, *run.resumes()][-1] if len(run.resumes()) > num_resumes else 0
                 assert max(steps, default=0) - resumed <= EVERY
         assert run.digest() == digest
-    assert num_starting >= 5 and num_kills - num_starting >= 5
+    assert num_starting >= times // 6 and num_kills - num_starting >= times // 6

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import vdiff as vd
 from experiments import hosts as joining
-from experiments import settings, vae
+from experiments import settings, training, vae
 from tests.train import hosts
 
 pytestmark = pytest.mark.slow
@@ -32,6 +33,11 @@ def arguments(directory, num_processes, *more):
 def start(directory, num_processes, name, *more):
     log = directory.with_name(name)
     return hosts.start(num_processes, arguments(directory, num_processes, *more), log), log
+
+
+def last_row(directory):
+    """The step that was last told of."""
+    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def wait_for_a_step_after(directory, step, processes):
@@ -53,13 +59,13 @@ def story(tmp_path_factory):
     wait_for_a_step_after(directory, 0, processes)
     processes[1].send_signal(signal.SIGTERM)
     told = hosts.wait(processes, log)
-    stopped_at = vd.latest_step(directory / "checkpoints")
+    stopped_at = vd.latest_step(directory / "checkpoints"), last_row(directory)
 
     processes, log = start(directory, 4, "four")
-    wait_for_a_step_after(directory, stopped_at, processes)
+    wait_for_a_step_after(directory, stopped_at[0], processes)
     processes[2].kill()
     killed = hosts.wait(processes, log)
-    killed_at = vd.latest_step(directory / "checkpoints")
+    killed_at = vd.latest_step(directory / "checkpoints"), last_row(directory)
 
     processes, log = start(directory, 1, "one", "--parallel", "pmap")
     return directory, told, stopped_at, killed, killed_at, hosts.wait(processes, log)
@@ -68,25 +74,25 @@ def story(tmp_path_factory):
 def test_all_stop_when_one_is_told_to(story):
     _, (codes, printed), stopped_at, *_ = story
     assert codes == [143, 143], printed
-    assert 0 < stopped_at < 600
+    assert 0 < stopped_at[0] == stopped_at[1] < 600  # nothing is lost
     assert all("stopped by signal 15; the same command goes on from here" in text for text in printed)
     assert "training" in printed[0] and "training" not in printed[1]  # one bar for all
 
 
 def test_all_end_when_one_is_killed(story):
     _, _, stopped_at, (codes, printed), killed_at, _ = story
-    assert f"resuming at step {stopped_at} of 600" in printed[0]
+    assert f"resuming at step {stopped_at[0]} of 600" in printed[0]
     assert codes[2] == -signal.SIGKILL and all(code != 0 for code in codes), printed
     # In a collective they find the connection closed, or Gloo ends them; between two, JAX's own runtime does.
     said = ("another process of this run is gone", "another task died")
     assert any(line in text for i, text in enumerate(printed) if i != 2 for line in said), printed
-    assert stopped_at < killed_at < 600
+    assert stopped_at[0] < killed_at[0] < 600 and killed_at[1] - killed_at[0] <= 100
 
 
 def test_one_process_ends_what_two_and_four_began(story, tmp_path):
     directory, _, _, _, killed_at, (codes, printed) = story
     assert codes == [0], printed
-    assert f"resuming at step {killed_at} of 600" in printed[0]
+    assert f"resuming at step {killed_at[0]} of 600" in printed[0]
     straight = subprocess.run(
         [sys.executable, *map(str, arguments(tmp_path / "run", 1)(0, 0))],
         capture_output=True,
@@ -105,6 +111,30 @@ def test_one_process_ends_what_two_and_four_began(story, tmp_path):
     results = [json.loads((path / "result.json").read_text()) for path in (directory, tmp_path / "run")]
     values = [result["metrics"]["elbo"]["value"] for result in results]
     np.testing.assert_allclose(values[0], values[1], rtol=1e-3)
+
+
+def test_all_end_when_updates_are_skipped_and_keep_the_last_good_state(tmp_path):
+    """The coordinator is found as Slurm's variables have it."""
+    job = next(number for number in range(4096) if hosts.is_free(61440 + number))
+    flags = ["--coordinator", "auto", "--learning-rate", "1e30", "--max-skips", 3]
+    of_slurm = {"SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": 2}
+    of_slurm |= {"SLURM_STEP_NUM_NODES": 1, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{61440 + job}"}
+
+    def environment(i):
+        variables = of_slurm | {"SLURM_PROCID": i, "SLURM_LOCALID": i}
+        return {name: str(value) for name, value in variables.items()}
+
+    command = [*arguments(tmp_path / "run", 1)(0, 0), *flags]
+    processes = hosts.start(2, lambda port, i: command, tmp_path / "log", environment)
+    codes, printed = hosts.wait(processes, tmp_path / "log")
+    assert codes == [3, 3], printed
+    assert "diverged" in printed[0] and "training" not in printed[1]
+    config = dataclasses.replace(vae.PRESETS["smoke"][1], num_steps=600, learning_rate=1e30)
+    like = vd.init_state(jax.random.key(0), vae.build(config).model, training.optimizer_of(config))
+    state = vd.restore(tmp_path / "run/checkpoints", like)
+    assert 0 < int(state.step) < 600 and all(
+        np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params)
+    )
 
 
 def test_all_refuse_what_one_does(tmp_path):

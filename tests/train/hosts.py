@@ -15,7 +15,12 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def start(num_processes, arguments_of, log):
+def is_free(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+def start(num_processes, arguments_of, log, environment_of=lambda i: {}):
     """Start `python arguments_of(port, process_id)` for each process; what it prints goes to LOG-ID.txt."""
     port, flags = free_port(), "--xla_force_host_platform_device_count=2"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
@@ -23,8 +28,9 @@ def start(num_processes, arguments_of, log):
     for i in range(num_processes):
         with Path(f"{log}-{i}.txt").open("w") as file:
             command = [sys.executable, *map(str, arguments_of(port, i))]
+            of_it = env | environment_of(i)
             processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+                subprocess.Popen(command, cwd=ROOT, env=of_it, stdout=file, stderr=subprocess.STDOUT)
             )
     return processes
 

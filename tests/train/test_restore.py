@@ -38,7 +38,7 @@ def steps():
 def saved(tmp_path_factory, steps):
     """A directory with the checkpoints of steps 5 and 10, and the states there."""
     directory, states = tmp_path_factory.mktemp("run") / "checkpoints", {}
-    with vd.checkpoint_every(5, directory) as saving:
+    with vd.checkpoint_every(5, directory, best="objective") as saving:
         copy = vd.Hook(5, lambda step, state, metrics: states.update({step: jax.tree.map(jnp.copy, state)}))
         vd.fit(start(), steps["jit"], batches, 10, hooks=[copy, saving])
     return directory, states
