@@ -346,6 +346,7 @@ def main():
             result["reductions"] = reductions(start, steps, batches)
             parts = compiled_steps(model, optimizer, num_accumulate=4)
             result["reductions of parts"] = reductions(start, parts, batches)
+            result["sgd, 4 parts"] = compare_modes(start, parts | {"one": steps["one"]}, batches)
             result["num_leaves"] = len(jax.tree.leaves(start().params))
     result["estimators"] = compare_estimators()
     result["stratified"] = compare_stratified()
@@ -372,10 +373,10 @@ def test_there_are_eight_devices(result):
     assert result["sgd"]["num_devices"] == {"one": 1, "jit": NUM_DEVICES, "pmap": NUM_DEVICES}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_one_device_and_eight_train_to_the_same_state(result, optimizer):
+@pytest.mark.parametrize("case", [*OPTIMIZERS, "sgd, 4 parts"])
+def test_one_device_and_eight_train_to_the_same_state(result, case):
     """Parameters, average and optimizer's state, each leaf by its norm; 20 steps move each by far more."""
-    found = result[optimizer]
+    found = result[case]
     assert found["moved"] > 1e-2
     for mode in ("jit", "pmap"):
         assert found["distance"][mode] < LARGEST_DISTANCE, mode
