@@ -136,8 +136,8 @@ def exit_code(experiment: Callable[[C], Any], config: C) -> int:
         if is_of_jax and "RESOURCE_EXHAUSTED" in line:
             errors.print(
                 f"[bold red]failed[/] the device's memory is full ({plain(line)}); --accumulate N holds the "
-                "activations of a part of the batch, --remat (where there is one) fewer of them, --parallel fsdp a part "
-                "of the state"
+                "activations of a part of the batch, --remat (where there is one) fewer of them, --parallel fsdp a "
+                "part of the state"
             )
         elif jax.process_count() == 1:
             raise
