@@ -50,7 +50,7 @@ PRESETS = {
         Config(hidden=(32,), num_steps=200, eval_images=100, num_shown=20, checkpoint_every=100),
     ),
     "digits": (
-        "two minutes: MADE under eight orders on the embedded 8x8 digits, binarised anew at every step",
+        "half a minute: MADE under eight orders on the embedded 8x8 digits, binarised anew at every step",
         Config(hidden=(256,), num_orders=8, num_steps=4000, batch_size=64),
     ),
     "digits_pixelcnn": (

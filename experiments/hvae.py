@@ -80,7 +80,7 @@ PRESETS = {
         ),
     ),
     "mnist": (
-        "twenty minutes on a core, and as long for judging: binarised MNIST, two layers of 100 and 50 units",
+        "half an hour on a core, and as long for judging: binarised MNIST, two layers of 100 and 50 units",
         Config(
             data="mnist",
             network="mlp",
@@ -94,7 +94,7 @@ PRESETS = {
         ),
     ),
     "mnist_ladder": (
-        "half an hour on two idle cores, and as long for judging: binarised MNIST, a ladder of five layers",
+        "three quarters of an hour on a core, and as long for judging: binarised MNIST, a ladder of five layers",
         Config(
             data="mnist",
             features=(16, 48),
