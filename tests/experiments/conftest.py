@@ -4,7 +4,7 @@ import pytest
 
 from experiments import exporting
 
-EXPORTING = {"test_exporting", "test_demo", "test_yardstick"}
+EXPORTING = {"test_annealing", "test_exporting", "test_demo", "test_yardstick"}
 
 
 @pytest.fixture(autouse=True)
