@@ -191,8 +191,8 @@ def _weights(metrics: dict[str, Any]) -> str | None:
     """Say how far importance or annealing weights are to be trusted, where there are any."""
     if "ess" not in metrics:
         return None
-    ess = metrics["ess"]
-    return f"ESS {ess['value']:.2g} {ess['unit']}{judging.told(metrics)}"
+    ess, unit = metrics["ess"]["value"], metrics["ess"]["unit"].removesuffix(", median")
+    return f"ESS {ess:.0f} {unit}{judging.told(metrics)}"
 
 
 def print_table(entries: Sequence[report.RunEntry]) -> None:

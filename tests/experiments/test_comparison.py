@@ -78,7 +78,7 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     assert entry.weights is None and entry.steps == "3,000 of 128"
     trust = {"ess": {"value": 15.21, "unit": "of 200 draws, median"}, "k_hat": {"value": 0.843}}
     weighted = comparison.entry_of(family, {**result, "metrics": result["metrics"] | trust}, picture)
-    assert weighted.weights == "ESS 15 of 200 draws, median, k-hat above 0.7 for 84.3%"
+    assert weighted.weights == "ESS 15 of 200 draws, k-hat above 0.7 for 84.3%"
     page = report.write_index(tmp_path / "index.html", title="t", lead="l", runs=[entry]).read_text()
     assert "parameters" in page and ">7<" in page and "weights" not in page
     page = report.write_index(
