@@ -183,7 +183,7 @@ def entry_of(
         num_params=cost and cost.num_params,
         seconds_per_sample=cost and cost.draw,
         weights=_weights(result["metrics"]),
-        steps=f"{family.config.num_steps:,} of {family.config.batch_size}",
+        steps=f"{family.config.num_steps:,} steps of {family.config.batch_size}",
     )
 
 

@@ -75,22 +75,22 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     entry = comparison.entry_of(family, result, picture, cost)
     assert entry[1:7] == ("Coins", "exact", -3.0, 0.1, 1.5, 7.0) and entry.report == Path("coin/report.html")
     assert entry.num_params == 7 and entry.seconds_per_sample == cost.draw
-    assert entry.weights is None and entry.steps == "3,000 of 128"
+    assert entry.weights is None and entry.steps == "3,000 steps of 128"
     trust = {"ess": {"value": 15.21, "unit": "of 200 draws, median"}, "k_hat": {"value": 0.843}}
     weighted = comparison.entry_of(family, {**result, "metrics": result["metrics"] | trust}, picture)
     assert weighted.weights == "ESS 15 of 200 draws, k-hat above 0.7 for 84.3%"
     page = report.write_index(tmp_path / "index.html", title="t", lead="l", runs=[entry]).read_text()
-    assert "parameters" in page and ">7<" in page and "weights" not in page
+    assert "parameters" in page and ">7<" in page and "ESS" not in page
     page = report.write_index(
         tmp_path / "index.html", title="t", lead="l", runs=[entry, weighted]
     ).read_text()
-    assert "<td>ESS 15 of 200" in page and "3,000 of 128" in page
+    assert ">ESS 15 of 200" in page and ">3,000 steps of 128<" in page
 
     gains = comparison.Gains(0.5, 0.125, "elbo")
     head, _, row = comparison.markdown([entry], [gains], ["python -m coin"]).splitlines()
     assert head.count("|") == row.count("|")
     row_of_it = (
-        "| Coins | 7 | 3,000 of 128 | 7.0 s | exact | −3.00 ± 0.10 | – | 1.500 | +0.50 (ELBO) | +0.12 |"
+        "| Coins | 7 | 3,000 steps of 128 | 7.0 s | exact | −3.00 ± 0.10 | – | 1.500 | +0.50 (ELBO) | +0.12 |"
     )
     assert row.startswith(row_of_it)
     assert row.endswith("| `python -m coin` |")

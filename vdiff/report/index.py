@@ -28,8 +28,8 @@ class RunEntry(NamedTuple):
         caption: one sentence below the picture.
         num_params: how many numbers were learned; a column only where some run has it.
         seconds_per_sample: what one draw takes; likewise.
-        weights: how far the importance weights behind `nats` are to be trusted; likewise.
-        steps: how long it was trained, e.g. "6,000 of 128"; likewise.
+        weights: how far the importance weights behind `nats` are to be trusted, a note to the bound.
+        steps: how long it was trained, e.g. "6,000 steps of 128", a note to the seconds.
     """
 
     data: str
@@ -115,19 +115,15 @@ def _comparison(directory: Path, runs: Sequence[RunEntry]) -> str:
     alone = len(finite) < 2
     with_params = any(run.num_params is not None for run in runs)
     with_draws = any(run.seconds_per_sample is not None for run in runs)
-    with_steps = any(run.steps is not None for run in runs)
-    with_weights = any(run.weights is not None for run in runs)
     rows = []
     for run in runs:
         link = escape(_link(directory, run.report))
         mark = "" if alone or not math.isfinite(run.nats) else _dot(run, min(finite), max(finite))
         rows.append(
-            f'<th scope="row"><a href="{link}">{escape(run.model)}</a></th><td>{escape(run.bound)}</td>'
+            f'<th scope="row"><a href="{link}">{escape(run.model)}</a></th><td>{_noted(run.bound, run.weights)}</td>'
             f'<td class="number">{escape(format_value(run.nats, run.std_error))}</td>'
             f'<td class="chart">{mark}</td><td class="number">{escape(format_value(run.bits_per_dim))}</td>'
-            f'<td class="number">{escape(format_seconds(run.seconds))}</td>'
-            + (f'<td class="number">{escape(format_value(run.steps))}</td>' if with_steps else "")
-            + (f"<td>{escape(format_value(run.weights))}</td>" if with_weights else "")
+            f'<td class="number">{_noted(format_seconds(run.seconds), run.steps)}</td>'
             + (f'<td class="number">{escape(format_value(run.num_params))}</td>' if with_params else "")
             + (
                 f'<td class="number">{escape(format_milliseconds(run.seconds_per_sample))}</td>'
@@ -139,12 +135,14 @@ def _comparison(directory: Path, runs: Sequence[RunEntry]) -> str:
         '<th>model</th><th>bound</th><th class="number">nats per datum</th>'
         f'<th class="chart">{"" if alone else "larger is better →"}</th>'
         '<th class="number">bits/dim</th><th class="number">training</th>'
-        + ('<th class="number">steps</th>' if with_steps else "")
-        + ("<th>weights</th>" if with_weights else "")
         + ('<th class="number">parameters</th>' if with_params else "")
         + ('<th class="number">per sample</th>' if with_draws else ""),
         rows,
     )
+
+
+def _noted(text: str, note: str | None) -> str:
+    return escape(text) + (f'<div class="note">{escape(note)}</div>' if note else "")
 
 
 def _dot(run: RunEntry, low: float, high: float) -> str:

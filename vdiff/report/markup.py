@@ -122,7 +122,7 @@ th, td { padding: .5rem 1rem .5rem 0; border-bottom: 1px solid var(--line); text
 th:last-child, td:last-child { padding-right: 0; }
 thead th { font-size: .85rem; font-weight: 600; color: var(--soft); }
 th.number, td.number { text-align: right; }
-.chart { width: 32%; min-width: 10rem; }
+.chart { width: 20%; min-width: 8rem; }
 .scale { position: relative; height: 1.5rem; }
 .scale::before { content: ""; position: absolute; inset: 50% 0 auto; border-top: 1px solid var(--line); }
 .scale i { position: absolute; top: calc(50% - 2px); height: 4px; border-radius: 2px;
