@@ -51,7 +51,7 @@ PRESETS = {
     ),
     "digits": ("minutes: the 8x8 digits' VAEs", Config(run_dir=Path("runs/yardstick-digits"))),
     "mnist": (
-        "half an hour of a core: MNIST's VAEs",
+        "minutes for each VAE of perceptrons, longer for the ladder: MNIST",
         Config(run_dir=Path("runs/yardstick-mnist"), data="mnist", size="mnist"),
     ),
 }
@@ -88,13 +88,9 @@ class Judged(NamedTuple):
 
 def run(config: Config) -> list[tuple[str, Judged]]:
     """Print and write the table; returns its rows."""
-    families = [
-        family
-        for family in yardstick.families_of(
-            yardstick.Config(data=config.data, size=config.size, seed=config.seed)
-        )
-        if family.name in config.families
-    ]
+    preset = yardstick.PRESETS[config.size][1]
+    of_yardstick = dataclasses.replace(preset, data=config.data, seed=config.seed)
+    families = [family for family in yardstick.families_of(of_yardstick) if family.name in config.families]
     with exits.refusing():
         found = comparison.finished(families, config.run_dir)
         if not found:
@@ -108,7 +104,7 @@ def run(config: Config) -> list[tuple[str, Judged]]:
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for label, judged in rows:
         nats = (report.format_value(summary.mean, summary.std_error) for summary in judged[:4])
-        lines.append(f"| {label} | {config.num_images} | {' | '.join(nats)} | {judged.step_size} |")
+        lines.append(f"| {label} | {judged.difference.num_data} | {' | '.join(nats)} | {judged.step_size} |")
     table = "\n".join(lines) + "\n"
     (config.run_dir / "annealing.md").write_text(table)
     runs.console.print(table, markup=False)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 def directory(tmp_path_factory):
     """A yardstick whose VAE is done, as far as can be seen: at its start, with decoder weights that matter."""
     directory = tmp_path_factory.mktemp("yardstick")
-    [family] = [made for made in yardstick.families_of(yardstick.Config(size="smoke")) if made.name == "vae"]
+    [family] = [made for made in yardstick.families_of(yardstick.PRESETS["smoke"][1]) if made.name == "vae"]
     run_dir = directory / "vae"
     run_dir.mkdir()
     config = dataclasses.replace(family.config, run_dir=run_dir)

@@ -34,3 +34,11 @@ def test_format_value(value, std_error, text):
 )
 def test_format_seconds(seconds, text):
     assert values.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (2.1e-6, "0.0021 ms"), (0.00149, "1.5 ms"), (0.00999, "10 ms"), (0.0564, "56 ms")],
+)
+def test_format_milliseconds(seconds, text):
+    assert values.format_milliseconds(seconds) == text
