@@ -50,6 +50,13 @@ def test_annealing_finds_what_many_draws_find(directory):
     assert table.count("\n") == 3 and "| VAE, ELBO | 6 |" in table
 
 
+def test_a_step_size_that_cannot_be_is_refused_before_any_work(directory, capsys):
+    pytest.importorskip("blackjax")
+    config = annealing.Config(run_dir=directory[0], size="smoke", step_sizes=(0.1, -0.1))
+    assert exits.exit_code(annealing.run, config) == 2
+    assert "step_size: got -0.1" in capsys.readouterr().err
+
+
 def test_without_a_finished_run_it_says_how_to_make_one(tmp_path, capsys):
     config = annealing.Config(run_dir=tmp_path, size="smoke", families=("hvae", "ladder"))
     assert exits.exit_code(annealing.run, config) == 2
