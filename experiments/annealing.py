@@ -92,6 +92,8 @@ def run(config: Config) -> list[tuple[str, Judged]]:
     of_yardstick = dataclasses.replace(preset, data=config.data, seed=config.seed)
     families = [family for family in yardstick.families_of(of_yardstick) if family.name in config.families]
     with exits.refusing():
+        if not config.step_sizes:
+            raise ValueError("step_sizes: got none, expected at least one, such as --step-sizes 0.1")
         for step_size in config.step_sizes:  # refused before any work, as is a missing BlackJAX
             evaluate.hmc(step_size, config.leapfrog_steps)
         found = comparison.finished(families, config.run_dir)

@@ -171,18 +171,13 @@ def run(config: Config) -> dict:
 def export(config: Config, problem: Problem, directory: Path, state: vd.TrainState, x: np.ndarray) -> None:
     """Export the model, its log p(x) exact."""
     model = problem.model
-
-    def log_prob(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
-        """Compute log p(x), exact; nats."""
-        return model.log_joint(params, x, ())
-
     exporting.export_functions(
         config,
         directory,
         state,
         x=x,
         elbo_estimate=model.elbo_estimate,
-        log_prob=log_prob,
+        log_prob=exporting.exact(lambda params, x: model.log_joint(params, x, ())),
         sample=model.sample,
     )
 

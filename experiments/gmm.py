@@ -220,16 +220,13 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
     """Export the model, with log p(x) as it is judged and the posterior over components for `encode`."""
     exact = problem.mixture  # its own densities are exact, whatever its q
 
-    def log_prob(key: Key, params: Params, x: jax.Array) -> jax.Array:
-        """Compute log p(x), exact: the key is not used; nats."""
-        return exact.log_prob(params, x)
-
     def encode(params: Params, x: jax.Array) -> jax.Array:
         """Compute log p(z | x) of each component; of levels, at their middles."""
         return exact.log_posterior(
             params, (x.astype(jnp.float32) + 0.5) / problem.levels if problem.levels else x
         )
 
+    log_prob = exporting.exact(exact.log_prob)
     if problem.levels:
         posterior = vd.gmm(config.num_components, x.size, covariance=exact.covariance)
         log_prob = exporting.by_importance(vd.dequantized(posterior, problem.levels), config.eval_samples)

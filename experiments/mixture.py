@@ -129,10 +129,6 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
     """Export the mixture, its log p(x) exact."""
     model = problem.model
 
-    def log_prob(key: jax.Array, params: vd.Params, x: jax.Array) -> jax.Array:
-        """Compute log p(x), exact; nats."""
-        return model.log_prob(params, x)
-
     def encode(params: vd.Params, x: jax.Array) -> jax.Array:
         """Compute log p(z | x) of every component z."""
         return model.log_posterior(params, x)
@@ -143,7 +139,7 @@ def export(config: Config, problem: Problem, directory: Path, state: vd.TrainSta
         state,
         x=x,
         elbo_estimate=model.elbo_estimate,
-        log_prob=log_prob,
+        log_prob=exporting.exact(model.log_prob),
         sample=model.sample,
         encode=encode,
     )

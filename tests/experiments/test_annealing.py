@@ -57,6 +57,12 @@ def test_a_step_size_that_cannot_be_is_refused_before_any_work(directory, capsys
     assert "step_size: got -0.1" in capsys.readouterr().err
 
 
+def test_no_step_size_is_refused(directory, capsys):
+    config = annealing.Config(run_dir=directory[0], size="smoke", step_sizes=())
+    assert exits.exit_code(annealing.run, config) == 2
+    assert "step_sizes: got none" in capsys.readouterr().err
+
+
 def test_without_a_finished_run_it_says_how_to_make_one(tmp_path, capsys):
     config = annealing.Config(run_dir=tmp_path, size="smoke", families=("hvae", "ladder"))
     assert exits.exit_code(annealing.run, config) == 2
