@@ -46,7 +46,6 @@ def test_masses_sum_to_one(case):
     assert np.ptp(log_prob) > 1
 
 
-@pytest.mark.parametrize("case", ["bits"], indirect=True)
 def test_draws_have_their_masses(case):
     """60,000 draws, chi-square over all images as a z-score: drawing row by row is drawing from p(x)."""
     model, params, support, log_prob = case
