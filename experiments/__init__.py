@@ -3,5 +3,6 @@
 import os
 
 # With a thread for each of few cores, jaxlib waits for itself when a program has as many batched solves: docs/runs.md.
-if (os.cpu_count() or 1) < 8:
+num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+if num_cores < 8:
     os.environ.setdefault("PJRT_NPROC", "8")

@@ -7,12 +7,12 @@ from pathlib import Path
 # Most of the time goes into compiling; XLA's own flag takes away a good part of it, here and in each process that
 # a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users compile.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# With a thread for each of few cores, jaxlib waits for itself when a program has as many batched solves: docs/runs.md.
-os.environ.setdefault("PJRT_NPROC", "8")
 
 import jax
 import jaxtyping
 import pytest
+
+import experiments  # noqa: F401, asks for enough threads, before jax starts
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
