@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import vdiff as vd
 from experiments import runs
 from vdiff import evaluate, report
+from vdiff.train.hooks import logged
 
 
 class Beside(NamedTuple):
@@ -160,8 +161,13 @@ def tiles(metrics: Mapping[str, dict], num_dims: int) -> list[report.Tile]:
 
 @contextlib.contextmanager
 def counting(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar over work that is counted in data."""
+    """Show a progress bar over work that is counted in data; in a log, where there is none, a line a minute."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task, log = progress.add_task(label, total=total), logged(progress.console)
+
+        def show(done: int) -> None:
+            progress.update(task, completed=done)
+            log(f"{label}: {done:,} of {total:,}")
+
+        yield show

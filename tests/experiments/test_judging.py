@@ -10,6 +10,7 @@ from scipy.stats import multivariate_normal
 
 import vdiff as vd
 from experiments import judging
+from vdiff.train import hooks
 
 WEIGHT = np.array([[0.8], [-0.5], [0.3]])
 
@@ -71,3 +72,10 @@ def test_a_page_says_the_bound_and_how_far_weights_are_trusted():
     first, beside, _ = judging.tiles(metrics, 3)
     assert "importance, K = 50, 1,200 test images, k-hat above 0.7 for 25.0%" in str(first)
     assert (beside.label, beside.value) == ("IWAE", -3.5) and "IWAE, K = 5" in str(beside)
+
+
+def test_long_work_says_in_a_log_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(hooks, "SECONDS_BETWEEN_LINES", 0.0)
+    with judging.counting("judging", 10_000) as on_progress:
+        on_progress(2_000)
+    assert "judging: 2,000 of 10,000\n" in capsys.readouterr().out

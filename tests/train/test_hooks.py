@@ -15,6 +15,7 @@ import rich
 from tensorboardX.proto.event_pb2 import Event
 
 import vdiff as vd
+from vdiff.train import hooks
 from vdiff.train.guard import Guard, skip_nonfinite, unguarded
 from vdiff.train.hooks import (
     DivergedError,
@@ -269,3 +270,19 @@ def test_the_progress_bar_shows_step_and_value(monkeypatch):
         hook.call(40, STATE, {"objective": -7.891})
     shown = out.getvalue()
     assert "training digits" in shown and "40/40" in shown and "-7.89 nats" in shown
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_log_has_a_line_a_minute_where_a_terminal_has_a_bar(monkeypatch, is_terminal):
+    out, now = io.StringIO(), [100.0]
+    console = rich.console.Console(file=out, width=120, force_terminal=is_terminal)
+    monkeypatch.setattr(rich, "_console", console)
+    monkeypatch.setattr(hooks.time, "monotonic", lambda: now[0])
+    with progress_bar("training digits", 4000, every=5) as hook:
+        for step, seconds in ((1000, 30), (1500, 59), (2000, 60), (2500, 119), (3000, 121)):
+            now[0] = 100.0 + seconds
+            hook.call(step, STATE, {"objective": -step / 8})
+    shown = out.getvalue()
+    lines = ["training digits: 2,000 of 4,000  -250.00 nats", "training digits: 3,000 of 4,000  -375.00 nats"]
+    assert [line for line in lines if line in shown] == ([] if is_terminal else lines)
+    assert shown.count(" of 4,000") == (0 if is_terminal else 2)

@@ -9,19 +9,42 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import rich
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vdiff.train.guard import Guard, leaf_names
 from vdiff.train.loop import Hook
 from vdiff.train.step import TrainState
 
+SECONDS_BETWEEN_LINES = 60.0  # of a log
+
+
+def logged(console: rich.console.Console) -> Callable[[str], None]:
+    """Make what stands for a progress bar where none can be drawn, in a log.
+
+    Args:
+        console: where the bar would be.
+
+    Returns:
+        `(line) -> None`, which prints a line a minute and drops the others; on a terminal, all of them.
+    """
+    shown = time.monotonic()
+
+    def log(line: str) -> None:
+        nonlocal shown
+        draws_bars = console.is_terminal or console.is_jupyter
+        if not draws_bars and time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
+            shown = time.monotonic()
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return log
+
 
 @contextlib.contextmanager
 def progress_bar(
     label: str, num_steps: int, *, start: int = 0, every: int = 20, unit: str = "nats"
 ) -> Iterator[Hook]:
-    """Show a progress bar with the live value of the objective.
+    """Show a progress bar with the live value of the objective; in a log, where there is none, a line a minute.
 
     Args:
         label: what is being trained.
@@ -42,9 +65,12 @@ def progress_bar(
     )
     with Progress(*columns) as progress:
         task = progress.add_task(label, total=num_steps, completed=start, value="compiling")
+        log = logged(progress.console)
 
         def show(step: int, state: TrainState, metrics: dict[str, float]) -> None:
-            progress.update(task, completed=step, value=f"{metrics['objective']:9.2f} {unit}")
+            value = f"{metrics['objective']:9.2f} {unit}"
+            progress.update(task, completed=step, value=value)
+            log(f"{label}: {step:,} of {num_steps:,}  {value.strip()}")
 
         yield Hook(every, show)
 
