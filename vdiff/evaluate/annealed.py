@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from vdiff.evaluate.dataset import Summary, summarize
+from vdiff.evaluate.spread import Spread
 from vdiff.evaluate.transitions import Transition
 from vdiff.evaluate.weights import add_weights, log_prob_of, no_weights
 from vdiff.types import Distribution, Key, LogProb, ModelLike, Params, PyTree, check_key, q_at
@@ -83,6 +84,7 @@ def annealed_log_prob(
     *,
     num_chains: int = 1,
     temperatures: Temperatures = sigmoidal_temperatures,
+    units: Spread | None = None,
 ) -> Callable[[Key, Params, PyTree], LogProb]:
     """Build the estimate of log p(x) by annealed importance sampling.
 
@@ -94,6 +96,8 @@ def annealed_log_prob(
         num_steps: T; the chain makes T - 1 transitions.
         num_chains: K independent chains, all at once in memory.
         temperatures: `T -> b_0..b_T`: `sigmoidal_temperatures`, `linear_temperatures` or your own.
+        units: `(params, x) -> s`, like z, e.g. `spread_of_q(model, key)`: the transition moves z / s, so that one step
+            size serves all of z. Without it, z itself.
 
     Returns:
         `(key, params, x) -> LogProb` of one datum, nats: value is the logarithm of the chains' mean weight, in
@@ -104,11 +108,11 @@ def annealed_log_prob(
 
     Source: Neal, 2001.
     """
-    path = _path(temperatures, num_steps, num_chains)
+    path, moves = _path(temperatures, num_steps, num_chains), _in_units(transition, units)
 
     def log_prob(key: Key, params: Params, x: PyTree) -> LogProb:
         keys, q = jax.random.split(check_key(key), num_chains), q_at(model, params, x)
-        return _mean_weight(_log_weights(model, q, transition, path, keys, params, x, q.sample))
+        return _mean_weight(_log_weights(model, q, moves(params, x), path, keys, params, x, q.sample))
 
     return log_prob
 
@@ -120,6 +124,7 @@ def reverse_annealed_log_prob(
     *,
     num_chains: int = 1,
     temperatures: Temperatures = sigmoidal_temperatures,
+    units: Spread | None = None,
 ) -> Callable[[Key, Params, PyTree, PyTree], LogProb]:
     """Build the upper bound on log p(x) of simulated data, by annealing backwards from the z that x was made of.
 
@@ -129,6 +134,7 @@ def reverse_annealed_log_prob(
         num_steps: T; the chain makes T - 1 transitions.
         num_chains: K chains, all from the same z.
         temperatures: as in `annealed_log_prob`.
+        units: as there.
 
     Returns:
         `(key, params, x, z) -> LogProb` of one datum, nats, for (x, z) ~ `model.sample`: value is minus the logarithm
@@ -140,11 +146,12 @@ def reverse_annealed_log_prob(
 
     Source: Grosse, Ghahramani and Adams, 2015.
     """
-    path = _path(temperatures, num_steps, num_chains).back()
+    path, moves = _path(temperatures, num_steps, num_chains).back(), _in_units(transition, units)
 
     def log_prob(key: Key, params: Params, x: PyTree, z: PyTree) -> LogProb:
         keys, q = jax.random.split(check_key(key), num_chains), q_at(model, params, x)
-        inverse = _mean_weight(-_log_weights(model, q, transition, path, keys, params, x, lambda key: z))
+        log_w = _log_weights(model, q, moves(params, x), path, keys, params, x, lambda key: z)
+        inverse = _mean_weight(-log_w)
         return inverse._replace(value=-inverse.value)
 
     return log_prob
@@ -157,6 +164,7 @@ def bdmc(
     *,
     num_chains: int = 1,
     temperatures: Temperatures = sigmoidal_temperatures,
+    units: Spread | None = None,
 ) -> Callable[[Key, Params], Bracket]:
     """Build bidirectional Monte Carlo: simulate a datum and bound its log p(x) from both sides.
 
@@ -169,6 +177,7 @@ def bdmc(
         num_steps: T.
         num_chains: K, each way.
         temperatures: as in `annealed_log_prob`.
+        units: as there.
 
     Returns:
         `(key, params) -> Bracket` of one simulated datum, nats.
@@ -178,7 +187,7 @@ def bdmc(
 
     Source: Grosse, Ghahramani and Adams, 2015.
     """
-    settings = {"num_chains": num_chains, "temperatures": temperatures}
+    settings = {"num_chains": num_chains, "temperatures": temperatures, "units": units}
     forward = annealed_log_prob(model, transition, num_steps, **settings)
     reverse = reverse_annealed_log_prob(model, transition, num_steps, **settings)
 
@@ -222,6 +231,26 @@ def _path(temperatures: Temperatures, num_steps: int, num_chains: int) -> _Path:
             "to 1; give a function (num_steps) -> [num_steps + 1]"
         )
     return _Path(b[1:-1].astype(np.float32), np.diff(b).astype(np.float32))
+
+
+def _in_units(transition: Transition, units: Spread | None) -> Callable[[Params, PyTree], Transition]:
+    """Make `(params, x) -> Transition` that moves z in the units of that datum."""
+    if units is None:
+        return lambda params, x: transition
+
+    def at(params: Params, x: PyTree) -> Transition:
+        s = units(params, x)
+
+        def scaled(u: PyTree) -> PyTree:
+            return jax.tree.map(jnp.multiply, u, s)
+
+        def moved(key: Key, log_density: Callable[[PyTree], Array], z: PyTree) -> PyTree:
+            u = jax.tree.map(jnp.divide, z, s)
+            return scaled(transition(key, lambda u: log_density(scaled(u)), u))
+
+        return moved
+
+    return at
 
 
 def _log_weights(
