@@ -38,8 +38,8 @@ class Config:
     """Steps of annealing from q to the posterior."""
     num_chains: int = 4
     """Chains of each image."""
-    step_sizes: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """Of Hamiltonian Monte Carlo; the one with the highest bound on training images is taken."""
+    step_sizes: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8)
+    """Of Hamiltonian Monte Carlo, in units of q's spread; the one with the best bound on training images is taken."""
     leapfrog_steps: int = 5
     """Leapfrog steps of a transition."""
 
@@ -61,7 +61,9 @@ HEAD = (
     "model",
     "images",
     "importance",
+    "weights",
     "annealed",
+    "chains",
     "difference",
     "bidirectional gap, simulated",
     "step size",
@@ -73,14 +75,18 @@ class Judged(NamedTuple):
 
     Attributes:
         importance: log p(x) of the images, as the run was judged.
+        weights: how far those weights are to be trusted.
         annealed: the same by annealing.
+        chains: the effective number of chains.
         difference: the second less the first, image by image.
         gap: between the bounds from both sides on log p(x) of simulated images.
         step_size: that was taken.
     """
 
     importance: evaluate.Summary
+    weights: str
     annealed: evaluate.Summary
+    chains: str
     difference: evaluate.Summary
     gap: evaluate.Summary
     step_size: float
@@ -107,8 +113,10 @@ def run(config: Config) -> list[tuple[str, Judged]]:
     rows = [(family.label, judge(config, family)) for family, _ in found]
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for label, judged in rows:
-        nats = (report.format_value(summary.mean, summary.std_error) for summary in judged[:4])
-        lines.append(f"| {label} | {judged.difference.num_data} | {' | '.join(nats)} | {judged.step_size} |")
+        cells = (
+            of if isinstance(of, str) else report.format_value(of.mean, of.std_error) for of in judged[:-1]
+        )
+        lines.append(f"| {label} | {judged.difference.num_data} | {' | '.join(cells)} | {judged.step_size} |")
     table = "\n".join(lines) + "\n"
     (config.run_dir / "annealing.md").write_text(table)
     runs.console.print(table, markup=False)
@@ -124,10 +132,12 @@ def judge(config: Config, family: comparison.Family) -> Judged:
         for images in (problem.dataset.test[: config.num_images], problem.dataset.train[:NUM_TUNED])
     )
 
+    units = evaluate.spread_of_q(model, keys.train)
+
     @jax.jit
     def mean_bound(step_size: jax.Array) -> jax.Array:
         moves = evaluate.hmc(step_size, config.leapfrog_steps)
-        annealed = evaluate.annealed_log_prob(model, moves, max(1, config.num_steps // 3))
+        annealed = evaluate.annealed_log_prob(model, moves, max(1, config.num_steps // 3), units=units)
         keys_of_each = jax.random.split(keys.watch, len(train))
         return jnp.mean(jax.vmap(annealed, in_axes=(0, None, 0))(keys_of_each, params, train).value)
 
@@ -137,12 +147,14 @@ def judge(config: Config, family: comparison.Family) -> Judged:
     by_importance = judging.estimate_log_prob(
         model, family.config.eval_samples, keys.judge, params, test, f"{family.label}: importance"
     )
-    annealed = evaluate.annealed_log_prob(model, moves, config.num_steps, num_chains=config.num_chains)
+    annealed = evaluate.annealed_log_prob(
+        model, moves, config.num_steps, num_chains=config.num_chains, units=units
+    )
     with judging.counting(f"{family.label}: annealing", len(test)) as on_progress:
         by_annealing = evaluate.evaluate(
             annealed, keys.judge, params, test, batch_size=10, on_progress=on_progress
         )
-    bracket = evaluate.bdmc(model, moves, config.num_steps)
+    bracket = evaluate.bdmc(model, moves, config.num_steps, units=units)
     with judging.counting(f"{family.label}: from both sides", len(test)) as on_progress:
         brackets = evaluate.evaluate(
             lambda key, params, x: bracket(key, params),
@@ -154,7 +166,9 @@ def judge(config: Config, family: comparison.Family) -> Judged:
         )
     return Judged(
         evaluate.summarize(by_importance.value),
+        judging.told(judging.trust(by_importance, family.config.eval_samples)),
         evaluate.summarize(by_annealing.value),
+        f"ESS {np.median(by_annealing.ess):.1f} of {config.num_chains}",
         evaluate.summarize(by_annealing.value - by_importance.value),
         evaluate.sandwich(brackets).gap,
         step_size,

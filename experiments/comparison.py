@@ -182,29 +182,22 @@ def entry_of(
         caption=family.caption,
         num_params=cost and cost.num_params,
         seconds_per_sample=cost and cost.draw,
-        weights=_weights(result["metrics"]),
+        weights=judging.told(result["metrics"]) or None,
         steps=f"{family.config.num_steps:,} steps of {family.config.batch_size}",
     )
-
-
-def _weights(metrics: dict[str, Any]) -> str | None:
-    """Say how far importance or annealing weights are to be trusted, where there are any."""
-    if "ess" not in metrics:
-        return None
-    ess, unit = metrics["ess"]["value"], metrics["ess"]["unit"].removesuffix(", median")
-    return f"ESS {ess:.0f} {unit}{judging.told(metrics)}"
 
 
 def print_table(entries: Sequence[report.RunEntry]) -> None:
     """Print the rows, one table."""
     with_costs = any(entry.num_params is not None for entry in entries)
     more = ("parameters", "per sample") if with_costs else ()
-    table = Table("model", "bound", "nats per datum", "bits/dim", "seconds", *more)
+    table = Table("model", "bound", "nats per datum", "weights", "bits/dim", "seconds", *more)
     for entry in entries:
         row = [
             entry.model,
             entry.bound,
             report.format_value(entry.nats, entry.std_error),
+            report.format_value(entry.weights),
             report.format_value(entry.bits_per_dim),
             f"{entry.seconds:.1f}",
         ]

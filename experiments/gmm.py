@@ -190,7 +190,7 @@ def run(config: Config) -> dict:
     began = time.perf_counter()
     scores, trust = {}, {}
     for name, params in (("em", by_em), ("gradient", state.ema)):
-        scores[name], trust = _judge(config, problem, exact, key_judge, params, f"judging {name}")
+        scores[name], trust[name] = _judge(config, problem, exact, key_judge, params, f"judging {name}")
     elbo = evaluate.evaluate(vd.total(problem.model.elbo_terms), key_judge, state.ema, problem.test)
     seconds = {"training": judging.training_seconds(directory), "em": em_seconds}
     seconds["evaluation"] = time.perf_counter() - began
@@ -200,7 +200,7 @@ def run(config: Config) -> dict:
         "log_prob": runs.metric(scores["gradient"], bound),
         "log_prob_em": runs.metric(scores["em"], bound),
         "elbo": runs.metric(evaluate.summarize(elbo), "ELBO, one draw"),
-        **trust,
+        **trust["gradient"],
     }
     if problem.levels:
         bits = vd.bits_per_dim(scores["gradient"].mean, problem.train.shape[1])
@@ -208,9 +208,10 @@ def run(config: Config) -> dict:
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, exact, directory, state.ema, history, key_show, result)
     for name, score in scores.items():
-        console.print(
+        said = (
             f"log p(x)  {score.mean:.2f} +- {score.std_error:.2f} nats by {name}, {score.num_data} test data"
         )
+        console.print(", ".join(filter(None, (said, judging.told(trust[name])))))
     export(config, problem, directory, state, problem.test[0])
     console.print(f"report    {page}")
     return result
@@ -307,7 +308,7 @@ def show(
 
     metrics, judged = result["metrics"], "exact"
     if problem.levels:
-        judged = f"{config.eval_samples:,} draws of the dequantisation noise{judging.told(result['metrics'])}"
+        judged = f"{config.eval_samples:,} draws of the dequantisation noise, {judging.told(metrics)}"
     tiles = [
         report.Tile(
             "log p(x), by gradient", unit="nats per datum", note=judged, **_value(metrics["log_prob"])

@@ -134,22 +134,29 @@ def training_seconds(directory: Path) -> float:
 
 
 def tell(metrics: Mapping[str, dict]) -> None:
-    """Print log p(x)."""
+    """Print log p(x), and how far its weights are to be trusted."""
     nats = metrics["log_prob"]
-    runs.console.print(
-        f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats on {nats['num_data']} test images"
-    )
+    said = f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats on {nats['num_data']} test images"
+    runs.console.print(", ".join(filter(None, (said, told(metrics)))))
 
 
 def told(metrics: Mapping[str, dict]) -> str:
-    """Put the share of k-hats above 0.7, where it is known, in words that go on a sentence."""
-    return f", k-hat above 0.7 for {metrics['k_hat']['value']:.1%}" if "k_hat" in metrics else ""
+    """Put in words how far importance or annealing weights are to be trusted; "" where there are none."""
+    if "ess" not in metrics:
+        return ""
+    ess, unit = metrics["ess"]["value"], metrics["ess"]["unit"].removesuffix(", median")
+    said = f"ESS {ess:.0f} {unit}"
+    if "k_hat" in metrics:
+        said += f", k-hat above 0.7 for {metrics['k_hat']['value']:.1%}"
+    if "k_hat_log_z" in metrics:
+        said += f", k-hat {metrics['k_hat_log_z']['value']:.2f}"
+    return said
 
 
 def tiles(metrics: Mapping[str, dict], num_dims: int) -> list[report.Tile]:
     """Make the head of a page: log p(x), the bound beside it where there is one, bits/dim."""
     nats = metrics["log_prob"]
-    how = f"{nats['bound']}, {nats['num_data']:,} test images{told(metrics)}"
+    how = ", ".join(filter(None, (nats["bound"], f"{nats['num_data']:,} test images", told(metrics))))
     made = [report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", how)]
     for name in ("elbo", "iwae"):
         if (of := metrics.get(name)) is None:

@@ -188,11 +188,15 @@ def run(config: Config) -> dict:
         "ess": {"value": float(below.ess), "unit": f"of {config.chains} chains"},
         "ess_reverse": {"value": float(above.ess), "unit": f"of {len(above.log_weights)} chains"},
     }
+    for name, log_z in (("k_hat_log_z", below), ("k_hat_log_z_reverse", above)):
+        k_hat = float(evaluate.k_hat(log_z.log_weights))
+        if not math.isnan(k_hat):
+            metrics[name] = {"value": k_hat, "unit": "of the chains' weights, not to be trusted above 0.7"}
     result = runs.write_result(directory, metrics, state.ema, seconds)
     page = show(config, problem, directory, state.ema, test, draws, result)
     runs.console.print(
         f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats by log Z from below, "
-        f"{metrics['log_prob_reverse']['value']:.2f} from above, on {len(test)} test images"
+        f"{metrics['log_prob_reverse']['value']:.2f} from above, on {len(test)} test images, {judging.told(metrics)}"
     )
     exporting.export_functions(config, directory, state, x=test[0], sample=model.sample)
     runs.console.print(f"report   {page}")
@@ -258,7 +262,8 @@ def show(
     report.training_curves(rows, directory / "curves.png", bound="free_energy_difference", terms=["log_prob"])
     metrics = result["metrics"]
     nats = metrics["log_prob"]
-    about = {"log_prob": nats["bound"], "log_prob_reverse": "reverse AIS", "log_prob_exact": "exact log Z"}
+    about = {"log_prob": f"{nats['bound']}, {judging.told(metrics)}", "log_prob_reverse": "reverse AIS"}
+    about["log_prob_exact"] = "exact log Z"
     tiles = [
         report.Tile("log p(x)", metrics[name]["value"], metrics[name]["std_error"], "nats per datum", line)
         for name, line in about.items()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +47,10 @@ def test_annealing_finds_what_many_draws_find(directory):
     assert judged.importance.mean == pytest.approx(np.mean(few), rel=1e-5)
     assert judged.difference.mean == pytest.approx(judged.annealed.mean - judged.importance.mean, abs=1e-5)
     assert judged.gap.mean > -3 * judged.gap.std_error
+    assert re.fullmatch(r"ESS \d+ of 50 draws, k-hat above 0.7 for [\d.]+%", judged.weights)
+    assert re.fullmatch(r"ESS [1-4]\.\d of 4", judged.chains)
     table = (directory / "annealing.md").read_text()
-    assert table.count("\n") == 3 and "| VAE, ELBO | 6 |" in table
+    assert table.count("\n") == 3 and f"| {judged.weights} |" in table and "| VAE, ELBO | 6 |" in table
 
 
 def test_a_step_size_that_cannot_be_is_refused_before_any_work(directory, capsys):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 import vdiff as vd
 from experiments import comparison, runs, settings
@@ -62,7 +63,7 @@ def test_what_was_trained_with_the_same_settings_is_found(tmp_path):
     assert len(calls) == 3
 
 
-def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
+def test_a_row_costs_what_its_exported_functions_do(tmp_path, monkeypatch, capsys):
     family = comparison.Family("coin", "Coins", coin([]), Config(), "log_prob", "c")
     comparison.train([family], tmp_path)
     [(_, result)] = comparison.finished([family], tmp_path)
@@ -94,8 +95,10 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, capsys):
     )
     assert row.startswith(row_of_it)
     assert row.endswith("| `python -m coin` |")
-    comparison.print_table([entry])
-    assert "parameters" in capsys.readouterr().out
+    monkeypatch.setattr(runs, "console", Console(width=200))
+    comparison.print_table([entry, weighted])
+    shown = capsys.readouterr().out
+    assert "parameters" in shown and "ESS 15 of 200 draws, k-hat above 0.7 for 84.3%" in shown
 
 
 def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):

@@ -69,9 +69,23 @@ def test_a_page_says_the_bound_and_how_far_weights_are_trusted():
     nats = {"value": -3.0, "std_error": 0.1, "bound": "importance, K = 50", "num_data": 1200}
     metrics = {"log_prob": nats, "iwae": nats | {"value": -3.5, "bound": "IWAE, K = 5"}}
     metrics |= {"bits_per_dim": {"value": 1.0}, "k_hat": {"value": 0.25}}
+    metrics |= {"ess": {"value": 11.2, "unit": "of 50 draws, median"}}
     first, beside, _ = judging.tiles(metrics, 3)
-    assert "importance, K = 50, 1,200 test images, k-hat above 0.7 for 25.0%" in str(first)
+    trusted = "ESS 11 of 50 draws, k-hat above 0.7 for 25.0%"
+    assert f"importance, K = 50, 1,200 test images, {trusted}" in str(first)
     assert (beside.label, beside.value) == ("IWAE", -3.5) and "IWAE, K = 5" in str(beside)
+
+
+def test_what_weights_are_worth_is_said_wherever_they_are(capsys):
+    metrics = {"log_prob": {"value": -3.0, "std_error": 0.1, "num_data": 1200}}
+    judging.tell(metrics)
+    metrics |= {"ess": {"value": 15.4, "unit": "of 200 draws, median"}, "k_hat": {"value": 0.843}}
+    judging.tell(metrics)
+    plain, weighted = capsys.readouterr().out.splitlines()
+    assert plain == "log p(x) -3.00 +- 0.10 nats on 1200 test images"
+    assert weighted == f"{plain}, ESS 15 of 200 draws, k-hat above 0.7 for 84.3%"
+    of_chains = {"ess": {"value": 34.0, "unit": "of 100 chains"}, "k_hat_log_z": {"value": 0.4}}
+    assert judging.told(of_chains) == "ESS 34 of 100 chains, k-hat 0.40"
 
 
 def test_long_work_says_in_a_log_how_far_it_is(monkeypatch, capsys):

@@ -48,8 +48,10 @@ def test_it_trains_and_its_log_prob_is_the_exact_one(tmp_path):
         assert gap < 5 * metrics[log_z]["std_error"] < 0.5
         assert found["std_error"] > metrics["log_prob_exact"]["std_error"]
     assert set(np.unique(state.aux)) == {0, 1}
+    assert metrics["k_hat_log_z"]["value"] < 0.7 and metrics["k_hat_log_z_reverse"]["value"] < 0.7
 
     page = (tmp_path / "run/report.html").read_text()
+    assert f"of 100 chains, k-hat {metrics['k_hat_log_z']['value']:.2f}" in page
     assert page.count("data:image/png;base64,") == 4
     rows = vd.report.load_metrics(tmp_path / "run/metrics.jsonl")
     assert {"free_energy_difference", "test_log_prob"} <= set().union(*rows)
