@@ -8,8 +8,9 @@ The nearest code is the likeliest. The first VQ-VAE always takes it, and leaves 
 there the ELBO is that of a q without entropy and a uniform prior. Here q is a distribution and the prior is part of the
 model, so that the ELBO bounds log p(x), and importance sampling estimates it.
 
-C is in theta, and q reads it too. Codes enter log p(x, z) by z C and by the prior, so that soft copies of one-hot codes
-have a density too, as the estimators need that raise the bound:
+C is in theta, and q reads it too: an estimator that is biased for lambda is biased for C. Codes enter log p(x, z) by
+z C and by the prior, so that soft copies of one-hot codes have a density too, as the estimators need that raise the
+bound:
 
     vd.straight_through(model, model.logits, 1.0, relaxation=vd.relaxations.one_hot)
 
