@@ -115,7 +115,7 @@ ROWS: dict[str, Row] = {
         BINARY | {"bound": "iwae", "num_samples": 50},
         at={
             "mnist": {
-                "num_steps": 20_000,
+                "num_steps": 40_000,
                 "batch_size": 20,
                 "learning_rate": 2e-3,
                 "checkpoint_every": 2000,
