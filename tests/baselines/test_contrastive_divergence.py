@@ -85,6 +85,25 @@ def test_a_persistent_chain_goes_on_where_it_was():
     np.testing.assert_allclose(terms["free_energy_difference"], log_p[DATUM] - log_p[index], atol=2e-5)
 
 
+def test_a_persistent_chains_gradient_is_that_of_the_transition_matrix():
+    """- dF(x) + E dF(x'), x' two sweeps from the slot: |z| < 5; and not that of a chain from the datum."""
+    objective, slot = persistent_contrastive_divergence(small.MODEL, 2), jnp.asarray(X[5])
+
+    def total(params, key):
+        terms, chain = objective(key, params, jnp.asarray(X[DATUM]), slot)
+        return sum(terms.values()), chain
+
+    draw = jax.jit(jax.vmap(jax.grad(total, has_aux=True), in_axes=(None, 0)))
+    gradients, _ = draw(small.PARAMS, jax.random.split(jax.random.key(6), NUM_DRAWS))
+    gradients = small.flat(gradients, 1)
+    mean = gradients.mean(0)
+    error = np.maximum(gradients.std(axis=0) / np.sqrt(NUM_DRAWS), 1e-6)
+    scores = small.minus_free_energy_gradients()
+    exact = scores[DATUM] - np.linalg.matrix_power(small.transition(), 2)[5] @ scores
+    assert np.all(np.abs(mean - exact) < 5 * error)
+    assert np.max(np.abs(mean - exact_gradient(2)[0]) / error) > 5
+
+
 def test_no_steps_are_refused():
     for make in (contrastive_divergence, persistent_contrastive_divergence):
         with pytest.raises(ValueError, match="^num_steps: got 0, expected at least 1$"):

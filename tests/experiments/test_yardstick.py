@@ -26,6 +26,15 @@ def test_every_family_has_settings_of_each_size(size):
         assert getattr(family.config, "likelihood", "bernoulli") == "bernoulli"
 
 
+def test_fashion_mnist_is_mnist_with_other_images():
+    """Images have the same size: so have the models."""
+    fashion = yardstick.PRESETS["fashion_mnist"][1]
+    assert (fashion.size, fashion.data) == ("mnist", "fashion_mnist")
+    for family in yardstick.families_of(fashion):
+        runs.check_settings(family.config)
+        assert family.config.data == "fashion_mnist"
+
+
 @pytest.mark.slow
 def test_all_are_judged_on_the_same_bits(tmp_path, monkeypatch):
     judged = {}

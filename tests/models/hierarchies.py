@@ -76,6 +76,7 @@ def check_against_exact(toy, num_draws=30_000):
         (1.0, "terms"): model.elbo_terms,
         (1.0, "pathwise"): vd.pathwise(model, vd.elbo, num_samples),
         (1.0, "doubly"): vd.doubly_reparameterized(model, vd.elbo, num_samples),
+        (0.0, "pathwise"): vd.pathwise(model, vd.iwae, num_samples),
         (0.0, "doubly"): vd.doubly_reparameterized(model, vd.iwae, num_samples),
     }
     exact = toys.exact_expectations(toy, num_samples, alphas=(1.0, 0.0), num_nodes=16)
@@ -85,6 +86,16 @@ def check_against_exact(toy, num_draws=30_000):
         assert toys.z_scores(values[:, None], value) < 5.0, (alpha, name)
         assert np.std(values) / np.sqrt(num_draws) < 0.004 * abs(value), (alpha, name)
         toys.check_unbiased(draws, gradient)
+
+
+def check_importance_sampling(model, params, key, num_samples=20_000):
+    """From a q beside the posterior: log p(x) within 5 standard errors, which are small, of weights that differ."""
+    judged = toys.quick_jit(vd.importance_log_prob(model, num_samples, 5_000))(
+        key, params, jnp.asarray(X, jnp.float32)
+    )
+    assert float(judged.std_error) < 0.02 and float(judged.ess) < 0.9 * num_samples
+    assert float(judged.k_hat) < 0.7
+    assert abs(float(judged.value) - log_prob(X)) < 5 * float(judged.std_error)
 
 
 def products(function, *args):

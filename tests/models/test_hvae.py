@@ -55,6 +55,12 @@ def test_at_the_posterior_every_weight_is_the_marginal(key):
     np.testing.assert_allclose(float(judged.ess), 20, rtol=1e-4)
 
 
+def test_importance_sampling_from_a_q_beside_the_posterior(key):
+    model, params = chain()
+    beside = tuple(layer | {"b": layer["b"] + 0.2, "c": layer["c"] + 0.1} for layer in params.lam)
+    h.check_importance_sampling(model, params._replace(lam=beside), key)
+
+
 def test_annealing_by_hamiltonian_moves_is_unbiased(key):
     """From a q whose layers sit beside the posterior's: E w = p(x) within 4 errors, and tighter than without a move."""
     pytest.importorskip("blackjax")

@@ -106,6 +106,13 @@ def test_at_the_posterior_every_weight_is_the_marginal(key):
     np.testing.assert_allclose(terms["kl_3"], -top_divergence(), rtol=1e-5)
 
 
+def test_importance_sampling_from_a_q_beside_the_posterior(key):
+    model, params = chain("precision_weighted")
+    first, *others = params.lam["encoders"]
+    beside = params.lam | {"encoders": (first | {"b": first["b"] + 0.2}, *others)}
+    h.check_importance_sampling(model, params._replace(lam=beside), key)
+
+
 def top_divergence():
     """KL( p(z_3 | x) || N(0, I) ), from the joint Gaussian of x and z_3."""
     to_x = h.W @ np.diag(h.A[1] * h.A[2])
