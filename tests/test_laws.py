@@ -1,4 +1,4 @@
-"""The law of objectives, for every pair of a model and an objective that is legal for it.
+"""The law of objectives, for every pair of a model and an objective that is legal for it, and for the baselines' own.
 
 Terms are named scalars, the names are the same on every call, their sum is the total; under jit and vmap they
 are what they are in a Python loop; the gradient is a finite tree like params. What the numbers ARE is tested
@@ -7,6 +7,7 @@ beside each estimator and each model; here, that any model goes with any estimat
 
 import functools
 import inspect
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import pytest
 
 import vdiff as vd
 from tests import toys
-from vdiff import likelihoods
+from vdiff import baselines, likelihoods
 from vdiff.train.step import per_example
 
 BOUNDS = {
@@ -59,6 +60,55 @@ def mixture_encoder():
     return vd.nets.mlp((2,), (3,), hidden=(3,), activation=jnp.tanh)
 
 
+def dense(num_in, num_out):
+    return vd.nets.mlp((num_in,), (num_out,), hidden=(3,), activation=jnp.tanh)
+
+
+def joined(num_in, num_out):
+    """A network of two inputs, side by side."""
+    net = dense(num_in, num_out)
+    return vd.Network(net.init, lambda params, *inputs: net.apply(params, jnp.concatenate(inputs)))
+
+
+def tiny_hvae():
+    encoders, decoders = [dense(3, 4), dense(2, 2)], [dense(2, 3), dense(1, 4)]
+    return vd.hvae(encoders, decoders, latent_dims=(2, 1), likelihood=likelihoods.bernoulli())
+
+
+def tiny_ladder():
+    """Two layers of two units along a path of three numbers."""
+    start = vd.Network(lambda key: jnp.ones(3), lambda params: params)
+    encoders, priors = [dense(3, 2), dense(2, 2)], [dense(3, 4), dense(3, 4)]
+    posteriors, decoders = [joined(5, 4), joined(5, 4)], [joined(5, 3), joined(5, 3)]
+    return vd.ladder(start, encoders, priors, posteriors, decoders, likelihood=likelihoods.bernoulli())
+
+
+def tiny_made(shape, likelihood):
+    net = vd.nets.masked_mlp(shape, likelihood.out_shape(shape), num_variables=shape[0], hidden=(5,))
+    orders = baselines.shuffled_orders(shape[0], 2)
+    return baselines.made(net, shape, likelihood=likelihood, orders=orders)
+
+
+def tiny_pixelcnn():
+    likelihood = likelihoods.categorical(4)
+    net = vd.nets.gated_pixelcnn((2, 2, 1), likelihood.out_shape((2, 2, 1)), features=3, layers=1, kernel=2)
+    return baselines.pixelcnn(net, (2, 2, 1), likelihood=likelihood)
+
+
+def tiny_vqvae():
+    """Two codes of three."""
+    return vd.vqvae(
+        dense(3, 4),
+        vd.nets.mlp((2, 2), PIXELS, hidden=(3,), activation=jnp.tanh),
+        **{"num_latents": 2, "num_codes": 3, "code_dim": 2},
+        likelihood=likelihoods.bernoulli(),
+        prior=tiny_made((2, 3), likelihoods.one_hot(3)),
+    )
+
+
+UNEQUAL = np.eye(3, dtype=np.int32)  # data that differ, for models with nothing or little that is drawn
+CODES = np.eye(3, dtype=np.int32)[np.array(list(itertools.product(range(3), repeat=2)))]
+
 # name -> () -> (model, data [3, ...]), and for a discrete latent the support.
 CONTINUOUS = {
     "linear-Gaussian": lambda: (toys.toy("linear2").model, toys.toy("linear2").data),
@@ -74,11 +124,16 @@ CONTINUOUS = {
         tiny_data(2),
     ),
     "dequantized(vae)": lambda: (vd.dequantized(tiny_vae(likelihoods.gaussian()), 4), tiny_data(4)),
+    "hvae": lambda: (tiny_hvae(), tiny_data(2)),
+    "ladder": lambda: (tiny_ladder(), tiny_data(2)),
+    "made, no latent": lambda: (tiny_made(PIXELS, likelihoods.bernoulli()), UNEQUAL),
+    "pixelcnn, no latent": lambda: (tiny_pixelcnn(), tiny_data(4, (2, 2, 1))),
 }
 DISCRETE = {
     "Bernoulli latent": lambda: (toys.toy("bernoulli").model, toys.toy("bernoulli").data, toys.BITS),
     "gmm": lambda: (mixture(), tiny_data(None, (2,)), jnp.arange(3)),
     "gmm, encoder": lambda: (mixture(mixture_encoder()), tiny_data(None, (2,)), jnp.arange(3)),
+    "vqvae": lambda: (tiny_vqvae(), UNEQUAL, jnp.asarray(CODES)),
 }
 MIXED = {
     "a category, then a number": lambda: (toys.toy("mixed c, u").model, toys.toy("mixed c, u").data),
@@ -168,15 +223,10 @@ def compiled_results(name):
     return toys.single_draws(objectives(name), keys(), params, data)
 
 
-@pytest.mark.parametrize(("name", "objective"), CASES)
-def test_law(name, objective):
-    _, params, data = built(name)
-    function = objectives(name)[objective]
-    terms, gradient = compiled_results(name)[objective]
-
-    # Named scalars with the same names on each call, whose sum is the total; jit and vmap change nothing.
+def check_law(function, params, data, terms, gradient, drawn_keys):
+    """Named scalars with the same names on each call; what jit and vmap gave, `terms`; finite gradients like params."""
     assert isinstance(terms, dict) and terms
-    for i, key in enumerate(keys()[: 3 if objective == "terms" else 1]):
+    for i, key in enumerate(drawn_keys):
         eager = function(key, params, jnp.asarray(data[i]))
         assert set(eager) == set(terms)
         scale = max(1.0, *(abs(float(term)) for term in eager.values()))
@@ -184,21 +234,56 @@ def test_law(name, objective):
             assert isinstance(term_name, str) and term.shape == () and term.dtype == jnp.float32
             assert abs(float(term) - float(terms[term_name][i])) < 1e-5 * scale, term_name
             assert np.isfinite(term)
-        if objective == "terms":
+        if len(drawn_keys) > 1:
             total = vd.total(function)(key, params, jnp.asarray(data[i]))
             assert float(total) == pytest.approx(sum(float(t) for t in eager.values()), abs=1e-5 * scale)
     for term in terms.values():
         assert term.shape == (3,) and term.dtype == np.float32 and np.all(np.isfinite(term))
-
-    # A finite gradient in the shape of params; it moves whatever q or p learns, and cv where the estimator learns.
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
     for leaf, of in zip(jax.tree.leaves(gradient), jax.tree.leaves(params), strict=True):
         assert leaf.shape == (3, *of.shape) and leaf.dtype == of.dtype and np.all(np.isfinite(leaf))
     assert np.any(toys.flat(gradient.theta))
+
+
+@pytest.mark.parametrize(("name", "objective"), CASES)
+def test_law(name, objective):
+    """And the gradient moves whatever q or p learns, and cv where the estimator learns."""
+    _, params, data = built(name)
+    terms, gradient = compiled_results(name)[objective]
+    drawn = keys()[: 3 if objective == "terms" else 1]
+    check_law(objectives(name)[objective], params, data, terms, gradient, drawn)
     if jax.tree.leaves(params.lam):
         assert np.any(toys.flat(gradient.lam)) == (objective != "likelihood_gradient")
     if jax.tree.leaves(params.cv):
         assert np.any(toys.flat(gradient.cv)) == (objective in ("rebar", "relax"))
+
+
+@functools.cache
+def baselines_own():
+    """name -> (objective, params, data): what is raised where there is no density to bound."""
+    machine = baselines.rbm((3,), 2, init_scale=1.0)
+    energy = baselines.ebm(vd.nets.mlp((3,), (), hidden=(4,), activation=jnp.tanh))
+    of_machine, of_energy = (model.init(jax.random.key(2)) for model in (machine, energy))
+    log_density = energy.log_density
+    scores = {
+        "explicit": baselines.explicit_score_matching(log_density),
+        "sliced": baselines.sliced_score_matching(log_density, 2),
+        "sliced, variance reduced": baselines.sliced_score_matching_vr(log_density, 2),
+        "denoising": baselines.denoising_score_matching(log_density, 0.3),
+    }
+    divergence = baselines.contrastive_divergence(machine, 2)
+    return {"contrastive divergence": (divergence, of_machine, UNEQUAL)} | {
+        name: (objective, of_energy, tiny_data(None)) for name, objective in scores.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["contrastive divergence", "explicit", "sliced", "sliced, variance reduced", "denoising"]
+)
+def test_law_of_the_baselines_own_objectives(name):
+    objective, params, data = baselines_own()[name]
+    terms, gradient = toys.single_draws({name: objective}, keys(), params, data)[name]
+    check_law(objective, params, data, terms, gradient, keys())
 
 
 @pytest.mark.parametrize("name", [*CONTINUOUS, *DISCRETE, *MIXED])
