@@ -239,7 +239,8 @@ def show(
     if config.latent_dim > 1:
         report.latent_scatter(points, labels, directory / "latents.png", axis_labels=names)
     report.training_curves(report.load_metrics(directory / "metrics.jsonl"), directory / "curves.png")
-    report.kl_per_unit(kl, directory / "kl_per_unit.png")
+    if config.prior_components == 1:  # of a mixture no unit has a divergence of its own
+        report.kl_per_unit(kl, directory / "kl_per_unit.png")
 
     metrics = result["metrics"]
     figures = [
