@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vdiff as vd
-from experiments import cases, exits, runs, sbn
+from experiments import cases, exits, judging, runs, sbn
 from vdiff import report
 from vdiff.types import Params, PyTree
 
@@ -230,9 +230,8 @@ def train_networks(config: Config, directory: Path) -> tuple[list[report.Panel],
         values = [row["test_iwae"] for row in rows]
         by_step[name] = ([row["step"] for row in rows], values)
         by_second[name] = ([row["seconds"] for row in rows], values)
-        results.append(
-            {"estimator": name, **result["metrics"]["log_prob"], "seconds": result["seconds"]["training"]}
-        )
+        of_run = {"weights": judging.told(result["metrics"]), "seconds": result["seconds"]["training"]}
+        results.append({"estimator": name, **result["metrics"]["log_prob"], **of_run})
     shared = {"log_x": False, "log_y": False}
     title = f"IWAE of {config.network_samples} draws on test images, nats"
     panels = [
@@ -308,8 +307,11 @@ def run(config: Config) -> dict:
             ),
             report.Table(
                 "Networks",
-                ("estimator", "log p(x), nats", "standard error", "seconds"),
-                [(n["estimator"], n["value"], n["std_error"], f"{n['seconds']:.0f}") for n in networks],
+                ("estimator", "log p(x), nats", "standard error", "weights", "seconds"),
+                [
+                    (n["estimator"], n["value"], n["std_error"], n["weights"], f"{n['seconds']:.0f}")
+                    for n in networks
+                ],
             ),
         ],
         config=dataclasses.asdict(config) | {"run_dir": str(config.run_dir)},

@@ -25,6 +25,7 @@ def test_it_writes_a_page_with_every_figure(smoke):
     directory, result = smoke
     page = (directory / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
+    assert page.count("k-hat above 0.7 for") >= 2 and page.count("ESS ") >= 2
     for name in ("snr.png", "ratio.png", "temperature.png", "networks.png"):
         assert (directory / name).stat().st_size > 5000
     assert set(result["metrics"]) == {"log_prob, vimco", "log_prob, wake_sleep"}
