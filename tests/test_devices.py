@@ -19,6 +19,7 @@ import optax
 import pytest
 
 import vdiff as vd
+from tests import test_laws as laws
 from tests import toys
 from tests.states import distance, numbers, small_vae
 from vdiff import baselines
@@ -199,22 +200,40 @@ def estimators():
     }
 
 
+def of_models():
+    """Return {name: (objective, params, data)} of hierarchies, discrete codes, autoregressive models and baselines."""
+    found = {}
+    for name in ("hvae", "ladder"):
+        model, params, data = laws.built(name)
+        found[name] = (vd.doubly_reparameterized(model, vd.iwae, NUM_SAMPLES), params, data)
+    model, params, data = laws.built("vqvae")
+    codes = vd.straight_through(model, model.logits, relaxation=vd.relaxations.one_hot)
+    found["vqvae"] = (codes, params, data)
+    for name in ("made, no latent", "pixelcnn, no latent"):
+        model, params, data = laws.built(name)
+        found[name] = (model.elbo_terms, params, data)
+    return found | laws.baselines_own()
+
+
 def compare_estimators():
     """The mean gradient of every estimator over one batch, in the three modes; each has params of its own.
 
     They are the terms of ONE objective, so that they compile together; plain SGD keeps the gradient as its trace.
     """
-    members = estimators()
-    params = {name: toys.toy(of)[1]._replace(cv=cv) for (of, name), (_, cv) in members.items()}
-    noise = np.random.default_rng(0)
-    batch = {}
-    for of in sorted({of for of, _ in members}):
+    members, batch, noise = {}, {}, np.random.default_rng(0)
+    for (of, name), (objective, cv) in estimators().items():
+        members[name] = (objective, toys.toy(of)[1]._replace(cv=cv), of)
+    for of in sorted({of for _, _, of in members.values()}):
         data = np.tile(toys.toy(of).data, (22, 1))[:BATCH_SIZE]
         batch[of] = data + 0.1 * noise.standard_normal(data.shape, np.float32)
+    for name, (objective, of_model, data) in of_models().items():
+        members[name] = (objective, of_model, name)
+        batch[name] = np.tile(data, (22, *[1] * (data.ndim - 1)))[:BATCH_SIZE]
+    params = {name: of_model for name, (_, of_model, _) in members.items()}
 
     def objective(key, params, x):
-        every = ((of, name, o) for (of, name), (o, _) in members.items())
-        return {name: vd.total(o)(key, params.theta[name], x[of]) for of, name, o in every}
+        every = ((name, o, of) for name, (o, _, of) in members.items())
+        return {name: vd.total(o)(key, params.theta[name], x[of]) for name, o, of in every}
 
     model = toys.toy("linear").model._replace(init=lambda key: vd.Params(theta=params))
     optimizer = optax.sgd(1.0, momentum=0.0)
@@ -451,12 +470,13 @@ def test_every_estimator_has_one_gradient_on_one_device_and_on_eight(result):
     """Theta, phi, lambda and cv, the mean over the batch, each leaf by its norm; another key moves it by far more."""
     found = result["estimators"]
     assert found["distance"]["jit"].keys() == found["distance"]["pmap"].keys() == found["zero"].keys()
-    assert len(found["zero"]) == 13
+    assert len(found["zero"]) == 23
     for mode, distances in found["distance"].items():
         for name, gap in distances.items():
             assert gap < LARGEST_GRADIENT_DISTANCE, (mode, name)
     other_key = found["of_another_key"]
-    assert other_key.pop("enumerated") == 0.0
+    for name in ("enumerated", "made, no latent", "pixelcnn, no latent", "explicit"):  # with nothing drawn
+        assert other_key.pop(name) == 0.0
     assert min(other_key.values()) > 0.05, other_key
 
 
@@ -477,10 +497,12 @@ def test_chains_belong_to_positions(result):
 
 
 def test_every_estimator_moves_every_leaf_that_it_should(result):
-    """One latent dimension has no strict lower triangle, and q of c not one of u where c comes first."""
+    """One latent dimension has no strict lower triangle, q of c no u where c comes first, a score no constant."""
     lower, of_u = ".lam['lower']", ".lam['of_u']"
     expected = {"pathwise": [lower], "doubly_reparameterized": [lower], "score_function": [lower]}
     expected |= {"mixed": [of_u], "likelihood_gradient": [".lam['bias']", ".lam['weight']"]}
+    of_scores = ("denoising", "explicit", "sliced", "sliced, variance reduced")
+    expected |= dict.fromkeys(of_scores, [".theta['Dense_1']['bias']"])
     assert {name: paths for name, paths in result["estimators"]["zero"].items() if paths} == expected
 
 
