@@ -51,7 +51,7 @@ PRESETS = {
     ),
     "digits": ("minutes: the 8x8 digits' VAEs", Config(run_dir=Path("runs/yardstick-digits"))),
     "mnist": (
-        "minutes for each VAE of perceptrons, longer for the ladder: MNIST",
+        "minutes for each VAE of perceptrons, hours for the ladder: MNIST",
         Config(run_dir=Path("runs/yardstick-mnist"), data="mnist", size="mnist"),
     ),
 }
