@@ -211,7 +211,7 @@ def run(config: Config) -> dict:
         said = (
             f"log p(x)  {score.mean:.2f} +- {score.std_error:.2f} nats by {name}, {score.num_data} test data"
         )
-        console.print(", ".join(filter(None, (said, judging.told(trust[name])))))
+        console.print(judging.joined(said, judging.told(trust[name])))
     export(config, problem, directory, state, problem.test[0])
     console.print(f"report    {page}")
     return result

@@ -137,7 +137,7 @@ def tell(metrics: Mapping[str, dict]) -> None:
     """Print log p(x), and how far its weights are to be trusted."""
     nats = metrics["log_prob"]
     said = f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats on {nats['num_data']} test images"
-    runs.console.print(", ".join(filter(None, (said, told(metrics)))))
+    runs.console.print(joined(said, told(metrics)))
 
 
 def told(metrics: Mapping[str, dict]) -> str:
@@ -153,10 +153,15 @@ def told(metrics: Mapping[str, dict]) -> str:
     return said
 
 
+def joined(*parts: str) -> str:
+    """Join what there is to be said by commas."""
+    return ", ".join(filter(None, parts))
+
+
 def tiles(metrics: Mapping[str, dict], num_dims: int) -> list[report.Tile]:
     """Make the head of a page: log p(x), the bound beside it where there is one, bits/dim."""
     nats = metrics["log_prob"]
-    how = ", ".join(filter(None, (nats["bound"], f"{nats['num_data']:,} test images", told(metrics))))
+    how = joined(nats["bound"], f"{nats['num_data']:,} test images", told(metrics))
     made = [report.Tile("log p(x)", nats["value"], nats["std_error"], "nats per datum", how)]
     for name in ("elbo", "iwae"):
         if (of := metrics.get(name)) is None:

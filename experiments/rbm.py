@@ -196,7 +196,8 @@ def run(config: Config) -> dict:
     page = show(config, problem, directory, state.ema, test, draws, result)
     runs.console.print(
         f"log p(x) {nats['value']:.2f} +- {nats['std_error']:.2f} nats by log Z from below, "
-        f"{metrics['log_prob_reverse']['value']:.2f} from above, on {len(test)} test images, {judging.told(metrics)}"
+        f"{metrics['log_prob_reverse']['value']:.2f} from above, on {len(test)} test images, "
+        f"{judging.told(metrics)}"
     )
     exporting.export_functions(config, directory, state, x=test[0], sample=model.sample)
     runs.console.print(f"report   {page}")

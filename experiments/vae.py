@@ -239,8 +239,6 @@ def show(
     if config.latent_dim > 1:
         report.latent_scatter(points, labels, directory / "latents.png", axis_labels=names)
     report.training_curves(report.load_metrics(directory / "metrics.jsonl"), directory / "curves.png")
-    if config.prior_components == 1:  # of a mixture no unit has a divergence of its own
-        report.kl_per_unit(kl, directory / "kl_per_unit.png")
 
     metrics = result["metrics"]
     figures = [
@@ -254,8 +252,12 @@ def show(
             "latents.png", "Posterior means of the test images, coloured by a label never trained on."
         ),
         report.FigureEntry("curves.png", "The objective and its terms over training, in nats per datum."),
-        report.FigureEntry("kl_per_unit.png", "How many nats each latent unit carries on average."),
     ]
+    if config.prior_components == 1:  # under a mixture no unit has a divergence of its own
+        report.kl_per_unit(kl, directory / "kl_per_unit.png")
+        figures.append(
+            report.FigureEntry("kl_per_unit.png", "How many nats each latent unit carries on average.")
+        )
     return report.write_page(
         directory,
         title=f"Variational autoencoder on {problem.dataset.name}",

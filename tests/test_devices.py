@@ -19,8 +19,7 @@ import optax
 import pytest
 
 import vdiff as vd
-from tests import test_laws as laws
-from tests import toys
+from tests import toys, zoo
 from tests.states import distance, numbers, small_vae
 from vdiff import baselines
 
@@ -204,15 +203,15 @@ def of_models():
     """Return {name: (objective, params, data)} of hierarchies, discrete codes, autoregressive models and baselines."""
     found = {}
     for name in ("hvae", "ladder"):
-        model, params, data = laws.built(name)
+        model, params, data = zoo.built(name)
         found[name] = (vd.doubly_reparameterized(model, vd.iwae, NUM_SAMPLES), params, data)
-    model, params, data = laws.built("vqvae")
+    model, params, data = zoo.built("vqvae")
     codes = vd.straight_through(model, model.logits, relaxation=vd.relaxations.one_hot)
     found["vqvae"] = (codes, params, data)
     for name in ("made, no latent", "pixelcnn, no latent"):
-        model, params, data = laws.built(name)
+        model, params, data = zoo.built(name)
         found[name] = (model.elbo_terms, params, data)
-    return found | laws.baselines_own()
+    return found | zoo.baselines_own()
 
 
 def compare_estimators():

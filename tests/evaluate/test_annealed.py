@@ -61,7 +61,7 @@ def test_a_start_from_q_is_tighter_than_one_from_the_prior(bounds):
 
 
 def test_three_steps_from_the_prior_are_five_nats_lower_and_wider():
-    """Where ones from q are within half a nat of log p(x) in the mean, and spread over one."""
+    """Than as many from q, on the same simulated data."""
     estimates = [
         evaluate.annealed_log_prob(of, MOVES, 3) for of in (MODEL, linear_vae.started_from_prior(MODEL))
     ]
@@ -74,7 +74,6 @@ def test_three_steps_from_the_prior_are_five_nats_lower_and_wider():
     x, values = toys.quick_jit(jax.vmap(one))(jax.random.split(jax.random.key(5), NUM_DATA))
     exact = linear_vae.log_prob(x)
     from_q, from_prior = (np.asarray(value, np.float64) - exact for value in values)
-    assert -0.6 < from_q.mean() < 0 and from_q.std() < 1.3
     assert from_prior.mean() < from_q.mean() - 5 and from_prior.std() > from_q.std() + 5
 
 

@@ -56,12 +56,14 @@ def test_the_spread_is_the_standard_deviation_of_q():
 def test_a_layer_given_another_has_its_spread_over_both_and_a_point_has_one():
     def sample_q(key, params, x):
         eps = jax.random.normal(key, (2,))
-        return {"above": eps[0], "below": 2 * eps[0] + 0.1 * eps[1], "point": jnp.float32(x)}
+        return {"above": eps[0], "below": 2 * eps[0] + 0.1 * eps[1], "points": jnp.array([x, 0.1, 7.7])}
 
     model = vd.Model(lambda key: vd.Params(), None, None, sample_q, None)
     got = toys.quick_jit(evaluate.spread_of_q(model, KEY, 20_000))(vd.Params(), 3.0)
     assert abs(got["above"] - 1) < 0.03 and abs(got["below"] / np.sqrt(4.01) - 1) < 0.03
-    assert got["point"] == 1
+    for num_samples in (64, 20_000):
+        points = evaluate.spread_of_q(model, KEY, num_samples)(vd.Params(), 3.0)["points"]
+        np.testing.assert_array_equal(points, np.ones(3))
 
 
 @pytest.mark.parametrize("way", ["forward", "reverse"])
@@ -113,3 +115,11 @@ def test_a_discrete_latent_and_one_draw_are_refused():
         evaluate.spread_of_q(model, KEY, 1)
     with pytest.raises(TypeError, match="key"):
         evaluate.spread_of_q(model, jax.random.PRNGKey(0))
+
+
+def test_units_that_are_not_like_z_are_refused():
+    estimate = evaluate.annealed_log_prob(
+        narrow(), lambda key, log_density, z: z, 3, units=lambda params, x: jnp.ones(3)
+    )
+    with pytest.raises(ValueError, match=r"units: got shapes \(3,\), expected those of z, \(2,\)"):
+        jax.eval_shape(estimate, KEY, vd.Params(), jnp.ones(2))

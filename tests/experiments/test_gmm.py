@@ -46,7 +46,7 @@ def _log_normal(x, loc, covariance):
     "changes",
     [{"covariance": "shared"}, {"covariance": "diagonal", "encoder_hidden": 16}, {"prior_strength": 50.0}],
 )
-def test_digits_with_every_covariance(changes, tmp_path):
+def test_digits_with_every_covariance(changes, tmp_path, capsys):
     config = dataclasses.replace(gmm.PRESETS["digits"][1], run_dir=tmp_path / "run", num_components=4)
     config = dataclasses.replace(
         config, num_steps=40, em_steps=5, eval_samples=20, eval_images=40, log_every=20
@@ -56,6 +56,9 @@ def test_digits_with_every_covariance(changes, tmp_path):
     assert metrics["bits_per_dim"]["value"] == pytest.approx(
         vd.bits_per_dim(metrics["log_prob"]["value"], 64)
     )
+    # What the draws are worth is said of both.
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("log p(x)")]
+    assert len(said) == 2 and all(" of 20 draws" in line for line in said)
     # Worse than the VAE's -82 and better than 17 equal levels a pixel.
     assert -64 * np.log(17) < metrics["log_prob"]["value"] < -90
     for name in ("samples.png", "reconstructions.png", "latents.png", "curves.png", "report.html"):

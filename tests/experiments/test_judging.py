@@ -1,11 +1,13 @@
 """What is recorded of a judged model, and how a page says it."""
 
+import io
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from scipy.stats import multivariate_normal
 
 import vdiff as vd
@@ -88,8 +90,10 @@ def test_what_weights_are_worth_is_said_wherever_they_are(capsys):
     assert judging.told(of_chains) == "ESS 34 of 100 chains, k-hat 0.40"
 
 
-def test_long_work_says_in_a_log_how_far_it_is(monkeypatch, capsys):
+def test_long_work_says_in_a_log_how_far_it_is(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(rich, "_console", rich.console.Console(file=out, force_terminal=False))
     monkeypatch.setattr(hooks, "SECONDS_BETWEEN_LINES", 0.0)
     with judging.counting("judging", 10_000) as on_progress:
         on_progress(2_000)
-    assert "judging: 2,000 of 10,000\n" in capsys.readouterr().out
+    assert "judging: 2,000 of 10,000\n" in out.getvalue()

@@ -8,7 +8,8 @@ With logits eta of q, perturbed logits y = T(eps, eta), the hard z = H(y) and th
 Both are biased for lambda. As the temperature falls to zero the variance of both rises without bound, `relaxed` loses
 its bias, and `straight_through` comes to take (df/dz at 0 + df/dz at 1) / 2 for a bit's f(1) - f(0): its bias goes too
 where log p(x, z) is at most quadratic in each bit, and stays where it is not. By theta and phi the gradients are those
-at the hard draw, without bias, but for what the logits read of them, as a codebook: that is biased as lambda is.
+at the hard draw, without bias, except for parameters that the logits read too, such as a codebook, which are biased as
+lambda is.
 
 Source: Bengio, Leonard and Courville, Estimating or Propagating Gradients Through Stochastic Neurons, 2013;
 Maddison, Mnih and Teh, The Concrete Distribution, 2017; Jang, Gu and Poole, Gumbel-Softmax, 2017.

@@ -27,6 +27,7 @@ from vdiff.evaluate.grid import grid_log_normalizer as grid_log_normalizer
 from vdiff.evaluate.grid import grid_points as grid_points
 from vdiff.evaluate.importance import importance_log_prob as importance_log_prob
 from vdiff.evaluate.psis import k_hat as k_hat
+from vdiff.evaluate.spread import Spread as Spread
 from vdiff.evaluate.spread import spread_of_q as spread_of_q
 from vdiff.evaluate.transitions import LogDensity as LogDensity
 from vdiff.evaluate.transitions import Transition as Transition

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array
 
 from vdiff.evaluate.dataset import Summary, summarize
-from vdiff.evaluate.spread import Spread
+from vdiff.evaluate.spread import Spread, in_units
 from vdiff.evaluate.transitions import Transition
 from vdiff.evaluate.weights import add_weights, log_prob_of, no_weights
 from vdiff.types import Distribution, Key, LogProb, ModelLike, Params, PyTree, check_key, q_at
@@ -104,11 +104,12 @@ def annealed_log_prob(
         expectation a lower bound; std_error, ess and k_hat are those of K weights, as in `importance_log_prob`.
 
     Raises:
-        ValueError: if `num_steps` or `num_chains` is less than one, or the temperatures do not rise from 0 to 1.
+        ValueError: if `num_steps` or `num_chains` is less than one, or the temperatures do not rise from 0 to 1; at
+            trace time, if `units` are not like z.
 
     Source: Neal, 2001.
     """
-    path, moves = _path(temperatures, num_steps, num_chains), _in_units(transition, units)
+    path, moves = _path(temperatures, num_steps, num_chains), in_units(transition, units)
 
     def log_prob(key: Key, params: Params, x: PyTree) -> LogProb:
         keys, q = jax.random.split(check_key(key), num_chains), q_at(model, params, x)
@@ -146,7 +147,7 @@ def reverse_annealed_log_prob(
 
     Source: Grosse, Ghahramani and Adams, 2015.
     """
-    path, moves = _path(temperatures, num_steps, num_chains).back(), _in_units(transition, units)
+    path, moves = _path(temperatures, num_steps, num_chains).back(), in_units(transition, units)
 
     def log_prob(key: Key, params: Params, x: PyTree, z: PyTree) -> LogProb:
         keys, q = jax.random.split(check_key(key), num_chains), q_at(model, params, x)
@@ -231,26 +232,6 @@ def _path(temperatures: Temperatures, num_steps: int, num_chains: int) -> _Path:
             "to 1; give a function (num_steps) -> [num_steps + 1]"
         )
     return _Path(b[1:-1].astype(np.float32), np.diff(b).astype(np.float32))
-
-
-def _in_units(transition: Transition, units: Spread | None) -> Callable[[Params, PyTree], Transition]:
-    """Make `(params, x) -> Transition` that moves z in the units of that datum."""
-    if units is None:
-        return lambda params, x: transition
-
-    def at(params: Params, x: PyTree) -> Transition:
-        s = units(params, x)
-
-        def scaled(u: PyTree) -> PyTree:
-            return jax.tree.map(jnp.multiply, u, s)
-
-        def moved(key: Key, log_density: Callable[[PyTree], Array], z: PyTree) -> PyTree:
-            u = jax.tree.map(jnp.divide, z, s)
-            return scaled(transition(key, lambda u: log_density(scaled(u)), u))
-
-        return moved
-
-    return at
 
 
 def _log_weights(

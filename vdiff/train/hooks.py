@@ -26,13 +26,13 @@ def logged(console: rich.console.Console) -> Callable[[str], None]:
         console: where the bar would be.
 
     Returns:
-        `(line) -> None`, which prints a line a minute and drops the others; on a terminal, all of them.
+        `(line) -> None`, which prints a line a minute and drops the others; where a bar is drawn it drops all.
     """
     shown = time.monotonic()
 
     def log(line: str) -> None:
         nonlocal shown
-        draws_bars = console.is_terminal or console.is_jupyter
+        draws_bars = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
         if not draws_bars and time.monotonic() - shown >= SECONDS_BETWEEN_LINES:
             shown = time.monotonic()
             console.print(line, markup=False, highlight=False, soft_wrap=True)
