@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Column, Table
+from rich.text import Text
 
 import vdiff as vd
 from experiments import judging, runs, settings
@@ -188,16 +190,16 @@ def entry_of(
 
 
 def print_table(entries: Sequence[report.RunEntry]) -> None:
-    """Print the rows, one table."""
+    """Print the rows, one table; on a narrow terminal words are folded, numbers never cut."""
     with_costs = any(entry.num_params is not None for entry in entries)
-    more = ("parameters", "per sample") if with_costs else ()
-    table = Table("model", "bound", "nats per datum", "weights", "bits/dim", "seconds", *more)
+    numbers = ("nats per datum", "bits/dim", "seconds", *(("parameters", "per sample") if with_costs else ()))
+    columns = (Column(name, justify="right", no_wrap=True) for name in numbers)
+    table = Table("model", *columns, box=SIMPLE_HEAD, leading=1, pad_edge=False, collapse_padding=True)
     for entry in entries:
+        about = "".join(f"\n{line}" for line in (entry.bound, entry.weights) if line)
         row = [
-            entry.model,
-            entry.bound,
+            Text.assemble((entry.model, "bold"), about),
             report.format_value(entry.nats, entry.std_error),
-            report.format_value(entry.weights),
             report.format_value(entry.bits_per_dim),
             f"{entry.seconds:.1f}",
         ]

@@ -95,10 +95,15 @@ def test_a_row_costs_what_its_exported_functions_do(tmp_path, monkeypatch, capsy
     )
     assert row.startswith(row_of_it)
     assert row.endswith("| `python -m coin` |")
-    monkeypatch.setattr(runs, "console", Console(width=200))
-    comparison.print_table([entry, weighted])
-    shown = capsys.readouterr().out
-    assert "parameters" in shown and "ESS 15 of 200 draws, k-hat above 0.7 for 84.3%" in shown
+    for width in (80, 200):  # numbers are never cut
+        monkeypatch.setattr(runs, "console", Console(width=width))
+        many = weighted._replace(num_params=8_149_776, seconds=12345.6, seconds_per_sample=0.5)
+        comparison.print_table([entry, many])
+        shown = capsys.readouterr().out
+        assert (
+            "parameters" in shown and "8,149,776" in shown and "12345.6" in shown and "−3.00 ± 0.10" in shown
+        )
+    assert "ESS 15 of 200 draws, k-hat above 0.7 for 84.3%" in shown
 
 
 def test_costs_are_columns_only_where_they_are_known(tmp_path, capsys):
