@@ -78,17 +78,17 @@ def chain(name):
 def test_at_the_posterior_every_weight_is_the_marginal(key):
     """log p(x, z) - log q(z | x) = log p(x) at any z; by importance sampling; and the terms have that mean."""
     x, expected = jnp.asarray(h.X, jnp.float32), h.log_prob(h.X)
+    chains = {name: chain(name) for name in COMBINES}
 
     @toys.quick_jit
     def run(key):
         results = {}
-        for name in COMBINES:
-            model, params = chain(name)
+        for name, (model, params) in chains.items():
             z = model.sample_q(key, params, x)
             wide = jax.tree.map(lambda leaf: 2.0 * leaf - 0.3, z)
             weights = [model.log_joint(params, x, v) - model.log_q(params, x, v) for v in (z, wide)]
             results[name] = jnp.stack(weights)
-        model, params = chain("precision_weighted")
+        model, params = chains["precision_weighted"]
         keys = jax.random.split(key, NUM_DRAWS)
         terms = jax.vmap(lambda k: model.elbo_terms(k, params, x))(keys)
         return results, vd.importance_log_prob(model, 20, 6)(key, params, x), terms
