@@ -169,8 +169,7 @@ def run(config: Config) -> dict:
     )
     metrics["active_units"] = {"value": int(evaluate.active_units(loc).is_active.sum()), "unit": "units"}
     result = runs.write_result(directory, metrics, state.ema, seconds)
-    kl = evaluate.unit_kl(loc, scale)
-    page = show(config, problem, directory, state.ema, test, loc, kl, keys.show, result)
+    page = show(config, problem, directory, state.ema, test, loc, scale, keys.show, result)
     judging.tell(metrics)
     export(config, problem, directory, state, test[0])
     runs.console.print(f"report   {page}")
@@ -210,7 +209,7 @@ def show(
     params: vd.Params,
     test: np.ndarray,
     loc: np.ndarray,
-    kl: np.ndarray,
+    scale: np.ndarray,
     key: jax.Array,
     result: dict,
 ) -> Path:
@@ -254,7 +253,7 @@ def show(
         report.FigureEntry("curves.png", "The objective and its terms over training, in nats per datum."),
     ]
     if config.prior_components == 1:  # under a mixture no unit has a divergence of its own
-        report.kl_per_unit(kl, directory / "kl_per_unit.png")
+        report.kl_per_unit(evaluate.unit_kl(loc, scale), directory / "kl_per_unit.png")
         figures.append(
             report.FigureEntry("kl_per_unit.png", "How many nats each latent unit carries on average.")
         )
