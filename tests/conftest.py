@@ -4,9 +4,11 @@ import gc
 import os
 from pathlib import Path
 
-# Most of the time goes into compiling; XLA's own flag takes away a good part of it, here and in each process that
-# a test starts. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users compile.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Most of the time goes into compiling; these take away most of it, here and in each process that a test starts.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests what users compile.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import jax
 import jaxtyping

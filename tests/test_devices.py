@@ -19,7 +19,7 @@ import optax
 import pytest
 
 import vdiff as vd
-from tests import toys, zoo
+from tests import processes, toys, zoo
 from tests.states import distance, numbers, small_vae
 from vdiff import baselines
 
@@ -374,8 +374,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def result():
-    flags = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = processes.with_devices(NUM_DEVICES)
     # The vdiff that is tested here is the one tested there, wherever it was imported from.
     roots = [Path(vd.__file__).parents[1], Path(__file__).parents[1]]
     environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in roots)

@@ -197,8 +197,12 @@ def memory():
 
 def measured(num_devices, *what):
     flags = f"--xla_force_host_platform_device_count={num_devices}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # what is counted is what users compile
+    # What is counted is what users compile.
+    environment = os.environ | {
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
     roots = [Path(vd.__file__).parents[1], Path(__file__).parents[1]]
     environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in roots)
     done = subprocess.run(

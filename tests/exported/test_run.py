@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import vdiff as vd
+from tests.processes import with_devices
 from vdiff.exported.run import ExportWarning
 from vdiff.types import Params
 
@@ -123,8 +123,9 @@ assert jnp.allclose(nats, jnp.asarray(out[0][0]), rtol=1e-6, atol=0.0)
 def test_a_fresh_interpreter_computes_what_the_model_does(directory, tmp_path):
     program = FRESH.replace("RESULTS", inspect.getsource(results))
     command = [sys.executable, "-c", program, *vd.__path__, str(directory), str(tmp_path / "out")]
-    devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=devices)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=with_devices(4)
+    )
     assert done.returncode == 0, done.stderr
     got = pickle.loads((tmp_path / "out").read_bytes())
     model = SimpleNamespace(params=PARAMS, ema=EMA, **FUNCTIONS)

@@ -1,10 +1,11 @@
 """Start a program as several processes on 127.0.0.1, each with two forced devices, and wait for all of them."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.processes import with_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,8 +23,7 @@ def is_free(port):
 
 def start(num_processes, arguments_of, log, environment_of=lambda i: {}):
     """Start `python arguments_of(port, process_id)` for each process; what it prints goes to LOG-ID.txt."""
-    port, flags = free_port(), "--xla_force_host_platform_device_count=2"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    port, env = free_port(), with_devices(2) | {"COLUMNS": "200"}
     processes = []
     for i in range(num_processes):
         with Path(f"{log}-{i}.txt").open("w") as file:

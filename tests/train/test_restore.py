@@ -1,7 +1,6 @@
 """Restoring: every bit comes back, a resumed run is the run, damage is passed over and what is foreign refused."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import pytest
 from flax import nnx
 
 import vdiff as vd
+from tests import processes
 from tests.train import tiny
 from tests.train.on_devices import state as many
 from tests.train.tiny import at, batches, build, equal, start
@@ -274,14 +274,10 @@ def test_best_step_passes_over_what_is_damaged(tmp_path):
 
 
 def on_devices(num_devices, action, *directories):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, "-m", "tests.train.on_devices", action, *map(str, directories)]
+    root, environment = Path(__file__).parents[2], processes.with_devices(num_devices)
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout.splitlines()
