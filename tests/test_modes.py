@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import vdiff as vd
+from tests import processes
 from tests.states import distance, numbers
 
 pytestmark = pytest.mark.slow
@@ -196,13 +197,7 @@ def memory():
 
 
 def measured(num_devices, *what):
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
-    # What is counted is what users compile.
-    environment = os.environ | {
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-    }
+    environment = processes.with_devices(num_devices)
     roots = [Path(vd.__file__).parents[1], Path(__file__).parents[1]]
     environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in roots)
     done = subprocess.run(

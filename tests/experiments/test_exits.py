@@ -81,7 +81,7 @@ SIGNALS = [
 @pytest.mark.parametrize(("number", "experiment"), SIGNALS)
 def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, experiment, tmp_path):
     def command(directory):
-        flags = ["--num-steps", "600", "--log-every", "5", "--checkpoint-every", "100000"]
+        flags = ["--num-steps", "300", "--log-every", "5", "--checkpoint-every", "100000"]
         return [sys.executable, "-m", *experiment, *flags, "--run-dir", str(directory)]
 
     process = subprocess.Popen(command(tmp_path / "a"), cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -95,7 +95,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_exactly(number, experiment,
     assert process.returncode == 128 + number
     assert "stopped" in stderr
     step = vd.latest_step(tmp_path / "a/checkpoints")
-    assert 0 < step < 600
+    assert 0 < step < 300
 
     for directory in ("a", "b"):
         done = subprocess.run(
