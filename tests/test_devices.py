@@ -5,10 +5,7 @@ Run as a script, this file makes the comparisons and prints them as JSON; the te
 
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -374,15 +371,7 @@ def main():
 
 @pytest.fixture(scope="module")
 def result():
-    environment = processes.with_devices(NUM_DEVICES)
-    # The vdiff that is tested here is the one tested there, wherever it was imported from.
-    roots = [Path(vd.__file__).parents[1], Path(__file__).parents[1]]
-    environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in roots)
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return processes.printed_by(__file__, NUM_DEVICES)
 
 
 def test_there_are_eight_devices(result):

@@ -5,11 +5,8 @@ Run as a script, this file makes the comparisons on forced devices and prints th
 
 import json
 import math
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -197,19 +194,7 @@ def memory():
 
 
 def measured(num_devices, *what):
-    environment = processes.with_devices(num_devices)
-    roots = [Path(vd.__file__).parents[1], Path(__file__).parents[1]]
-    environment["PYTHONPATH"] = os.pathsep.join(str(root) for root in roots)
-    done = subprocess.run(
-        [sys.executable, __file__, *what],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return processes.printed_by(__file__, num_devices, *what)
 
 
 @pytest.fixture(scope="module")
